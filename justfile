@@ -1,0 +1,25 @@
+# Short names for what developers do often; `just --list` shows them.
+
+# Everything that a change must pass.
+ci:
+    .ci/run
+
+# Formats all code.
+fmt:
+    cargo fmt --all
+
+# Tests one crate, or all without an argument.
+test crate="":
+    cargo test {{ if crate == "" { "--workspace" } else { "-p " + crate } }}
+
+# Stage benches on the CPU.
+bench:
+    cargo bench --bench stages
+
+# Makes the bundled random checkpoint and the parity fixtures again (needs tools/parity/requirements.txt).
+fixtures:
+    python tools/parity/make_fixtures.py --out .
+
+# Checks licences and advisories of the dependencies (needs cargo-deny).
+deny:
+    cargo deny check
