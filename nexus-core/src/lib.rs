@@ -1,0 +1,16 @@
+//! Shared words of the nexus crates: image embeddings, checkpoints, configuration files and neural-network blocks.
+//!
+//! Data flow: files -> [`checkpoint::Checkpoint`] -> modules built from [`nn`] -> [`ImageEmbeds`], the one type that
+//! crosses every wall between the stages. Nothing here is a model, reads a prompt or an image file, prints, or uses
+//! the network.
+//!
+//! All tensors are burn tensors whose device and dtype the caller chooses; no backend is named here.
+
+pub mod checkpoint;
+pub mod config;
+mod embeds;
+pub mod nn;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};

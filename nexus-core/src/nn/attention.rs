@@ -1,0 +1,169 @@
+//! Scaled dot-product attention: q, k, v with heads beside tokens -> mixed values.
+
+use burn::tensor::{Tensor, module, ops::AttentionModuleOptions};
+
+/// Which keys a query may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Visibility<'a> {
+    /// Every key.
+    #[default]
+    All,
+    /// The queries are the last ones of the keys' sequence; each sees itself and what came before.
+    Causal,
+    /// Tokens see the tokens of their own segment; segment `i` is `bounds[i]..bounds[i + 1]`.
+    Segments(&'a [usize]),
+}
+
+/// What [`attention`] does besides `softmax(q kᵀ / sqrt(head_dim)) v`.
+#[derive(Debug, Clone, Default)]
+pub struct Attention<'a> {
+    /// Which keys a query may see.
+    pub visibility: Visibility<'a>,
+    /// Added to the scores: `[1, heads, queries, keys]`.
+    pub bias: Option<Tensor<4>>,
+    /// Factor of the scores; `None` is `1 / sqrt(head_dim)`.
+    pub scale: Option<f64>,
+}
+
+/// Mixes values by the softmax of the scores.
+///
+/// Key and value heads may be fewer than query heads (grouped-query attention): each serves
+/// `heads / kv_heads` neighbouring query heads.
+///
+/// # Shapes
+/// - `q`: `[batch, queries, heads, head_dim]`
+/// - `k`, `v`: `[batch, keys, kv_heads, head_dim]`
+/// - returns: `[batch, queries, heads * head_dim]`
+///
+/// # Panics
+/// If `kv_heads` does not divide `heads`, or the segments do not cover the tokens.
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
+    let [batch, queries, heads, head_dim] = q.dims();
+    let k = repeat_heads(k, heads).swap_dims(1, 2);
+    let v = repeat_heads(v, heads).swap_dims(1, 2);
+    let q = q.swap_dims(1, 2);
+    let run = |q, k, v, is_causal| {
+        let module_options = AttentionModuleOptions { scale: options.scale, softcap: None, is_causal };
+        module::attention(q, k, v, None, options.bias.clone(), module_options)
+    };
+    let mixed = match options.visibility {
+        Visibility::All => run(q, k, v, false),
+        Visibility::Causal => run(q, k, v, queries > 1),
+        Visibility::Segments(bounds) => {
+            assert_eq!((bounds.first(), bounds.last()), (Some(&0), Some(&queries)), "segments must cover the tokens");
+            let part = |x: &Tensor<4>, start, end| x.clone().narrow(2, start, end - start);
+            let segments = bounds.windows(2).map(|pair| {
+                let (start, end) = (pair[0], pair[1]);
+                run(part(&q, start, end), part(&k, start, end), part(&v, start, end), false)
+            });
+            Tensor::cat(segments.collect(), 2)
+        }
+    };
+    mixed.swap_dims(1, 2).reshape([batch, queries, heads * head_dim])
+}
+
+fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
+    let [batch, tokens, kv_heads, head_dim] = x.dims();
+    assert!(heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
+    if kv_heads == heads {
+        return x;
+    }
+    let groups = heads / kv_heads;
+    x.unsqueeze_dim::<5>(3)
+        .expand([batch, tokens, kv_heads, groups, head_dim])
+        .reshape([batch, tokens, heads, head_dim])
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::testing::{assert_close, cpu, ramp};
+
+    /// Attention of one head written out with loops in f64.
+    struct Naive {
+        values: Vec<f32>,
+    }
+
+    fn naive(
+        [q, k, v]: [&Tensor<4>; 3],
+        visible: impl Fn(usize, usize) -> bool,
+        bias: impl Fn(usize, usize, usize) -> f64,
+        scale: f64,
+    ) -> Naive {
+        let [batch, queries, heads, dim] = q.dims();
+        let [_, keys, kv_heads, _] = k.dims();
+        let [q, k, v] = [q, k, v].map(|x| x.to_data().try_to_vec::<f32>().unwrap());
+        let mut values = vec![];
+        for b in 0..batch {
+            for i in 0..queries {
+                for h in 0..heads {
+                    let kv = h / (heads / kv_heads);
+                    let key = |j: usize, d: usize| f64::from(k[((b * keys + j) * kv_heads + kv) * dim + d]);
+                    let query = |d: usize| f64::from(q[((b * queries + i) * heads + h) * dim + d]);
+                    let weights: Vec<f64> = (0..keys)
+                        .map(|j| match visible(i, j) {
+                            true => ((0..dim).map(|d| query(d) * key(j, d)).sum::<f64>() * scale + bias(h, i, j)).exp(),
+                            false => 0.0,
+                        })
+                        .collect();
+                    let total: f64 = weights.iter().sum();
+                    values.extend((0..dim).map(|d| {
+                        let value = |j: usize| f64::from(v[((b * keys + j) * kv_heads + kv) * dim + d]);
+                        (weights.iter().enumerate().map(|(j, w)| w * value(j)).sum::<f64>() / total) as f32
+                    }));
+                }
+            }
+        }
+        Naive { values }
+    }
+
+    fn qkv(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize) -> [Tensor<4>; 3] {
+        let dim = 6;
+        [
+            ramp([batch, queries, heads, dim], 1) * 2.0,
+            ramp([batch, keys, kv_heads, dim], 2) * 2.0,
+            ramp([batch, keys, kv_heads, dim], 3),
+        ]
+    }
+
+    #[test]
+    fn full_attention_with_grouped_heads() {
+        let [q, k, v] = qkv(2, 5, 7, 6, 2);
+        let expected = naive([&q, &k, &v], |_, _| true, |_, _, _| 0.0, 1.0 / 6f64.sqrt());
+        assert_close(&attention(q, k, v, Attention::default()), &expected.values, 1e-5);
+    }
+
+    #[test]
+    fn causal_attention_of_a_chunk_sees_the_cache() {
+        for queries in [1, 3, 7] {
+            let [q, k, v] = qkv(1, queries, 7, 4, 2);
+            let past = 7 - queries;
+            let expected = naive([&q, &k, &v], |i, j| j <= past + i, |_, _, _| 0.0, 1.0 / 6f64.sqrt());
+            let options = Attention { visibility: Visibility::Causal, ..Default::default() };
+            assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+        }
+    }
+
+    #[test]
+    fn segments_do_not_see_each_other() {
+        let bounds = [0, 2, 3, 8];
+        let segment = |i: usize| bounds.iter().rposition(|&start| start <= i).unwrap();
+        let [q, k, v] = qkv(1, 8, 8, 2, 2);
+        let expected = naive([&q, &k, &v], |i, j| segment(i) == segment(j), |_, _, _| 0.0, 1.0 / 6f64.sqrt());
+        let options = Attention { visibility: Visibility::Segments(&bounds), ..Default::default() };
+        assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+    }
+
+    #[test]
+    fn bias_and_scale_enter_the_scores() {
+        let [q, k, v] = qkv(1, 4, 4, 2, 2);
+        let bias = |h: usize, i: usize, j: usize| (h as f64 + 1.0) * (i as f64 - j as f64) * 0.3;
+        let values: Vec<f32> = (0..32).map(|n| bias(n / 16, n / 4 % 4, n % 4) as f32).collect();
+        let tensor = Tensor::from_data(TensorData::new(values, [1, 2, 4, 4]), &cpu());
+        let expected = naive([&q, &k, &v], |_, _| true, bias, 1.0);
+        let options = Attention { bias: Some(tensor), scale: Some(1.0), ..Default::default() };
+        assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+    }
+}

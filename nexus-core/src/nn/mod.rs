@@ -1,0 +1,42 @@
+//! Neural-network blocks shared by the models: configuration -> module -> tensors.
+//!
+//! Weights keep the dtype of the file and activations keep theirs: every block casts its weights to the dtype of its
+//! input, so that bf16 weights can be used with f32 activations. A block belongs here when a second crate needs it.
+
+mod activation;
+mod attention;
+mod conv;
+mod decoder_layer;
+mod embedding;
+mod gated_mlp;
+mod linear;
+mod norm;
+mod rotary;
+
+pub use activation::{gelu, gelu_tanh, quick_gelu, relu, silu};
+pub use attention::{Attention, Visibility, attention};
+pub use conv::{Conv2d, Conv2dConfig, upsample_nearest_2x};
+pub use decoder_layer::{DecoderLayer, DecoderLayerConfig, KeyValue, SelfAttention};
+pub use embedding::Embedding;
+pub use gated_mlp::GatedMlp;
+pub use linear::Linear;
+pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
+pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
+
+use burn::{
+    module::{Initializer, Param},
+    tensor::{Device, Tensor},
+};
+
+/// Standard deviation of freshly made weight matrices, Qwen2.5-VL's `initializer_range`.
+const INIT_STD: f64 = 0.02;
+
+/// A lazy parameter with normally distributed values; nothing is allocated until it is used.
+pub fn normal_param<const D: usize>(shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
+    Initializer::Normal { mean: 0.0, std: INIT_STD }.init(shape, device)
+}
+
+/// Casts only when the dtype differs, so that equal dtypes share the same memory.
+pub(crate) fn cast_like<const D: usize, const E: usize>(weight: Tensor<D>, like: &Tensor<E>) -> Tensor<D> {
+    if weight.dtype() == like.dtype() { weight } else { weight.cast(like.dtype()) }
+}

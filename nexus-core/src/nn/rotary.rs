@@ -1,0 +1,170 @@
+//! Rotary position embeddings: positions -> tables of cosines and sines -> rotated queries and keys.
+//!
+//! Tables are made on the host in the precision that the model's original uses, and made once for all blocks.
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+/// Cosines and sines of the rotation angles, one per token and pair of features.
+#[derive(Debug, Clone)]
+pub struct RotaryTable {
+    /// `[batch, tokens, head_dim / 2]`.
+    pub cos: Tensor<3>,
+    /// `[batch, tokens, head_dim / 2]`.
+    pub sin: Tensor<3>,
+}
+
+impl RotaryTable {
+    /// A table from angles in radians, in token order; computed in f64, stored as f32.
+    ///
+    /// # Panics
+    /// If `angles` does not hold `tokens` rows of `pairs` angles.
+    pub fn from_f64(angles: &[f64], tokens: usize, pairs: usize, device: &Device) -> Self {
+        assert_eq!(angles.len(), tokens * pairs, "{tokens} tokens of {pairs} pairs");
+        let table =
+            |values: Vec<f32>| Tensor::from_data(TensorData::new(values, [1, tokens, pairs]), (device, DType::F32));
+        Self {
+            cos: table(angles.iter().map(|angle| angle.cos() as f32).collect()),
+            sin: table(angles.iter().map(|angle| angle.sin() as f32).collect()),
+        }
+    }
+
+    /// A table from f32 angles, in token order.
+    ///
+    /// # Panics
+    /// If `angles` does not hold `tokens` rows of `pairs` angles.
+    pub fn from_f32(angles: &[f32], tokens: usize, pairs: usize, device: &Device) -> Self {
+        let angles: Vec<f64> = angles.iter().map(|&angle| f64::from(angle)).collect();
+        Self::from_f64(&angles, tokens, pairs, device)
+    }
+
+    /// The same table in another dtype, for models that rotate in their compute dtype.
+    pub fn cast(self, dtype: DType) -> Self {
+        if self.cos.dtype() == dtype {
+            return self;
+        }
+        Self { cos: self.cos.cast(dtype), sin: self.sin.cast(dtype) }
+    }
+
+    /// Tables of tokens that follow each other.
+    pub fn cat(tables: Vec<Self>) -> Self {
+        let (cos, sin) = tables.into_iter().map(|table| (table.cos, table.sin)).unzip();
+        Self { cos: Tensor::cat(cos, 1), sin: Tensor::cat(sin, 1) }
+    }
+}
+
+/// `theta^(-2i / dim)` for `i < dim / 2`, with f32 arithmetic as in the original models.
+pub fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
+    (0..dim / 2).map(|i| 1.0 / (theta as f32).powf((2 * i) as f32 / dim as f32)).collect()
+}
+
+/// Rotates pairs of features that lie half a head apart, in the dtype of the table.
+///
+/// # Shapes
+/// - `x`: `[batch, tokens, heads, head_dim]`
+/// - returns: the same, in the dtype of `x`
+///
+/// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `rotate_half`).
+pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+    let [_, _, _, head_dim] = x.dims();
+    let dtype = x.dtype();
+    let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
+    let (cos, sin) = (table.cos.clone().unsqueeze_dim::<4>(2), table.sin.clone().unsqueeze_dim::<4>(2));
+    let first = x.clone().narrow(3, 0, head_dim / 2);
+    let second = x.narrow(3, head_dim / 2, head_dim / 2);
+    let rotated =
+        Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 3);
+    if rotated.dtype() == dtype { rotated } else { rotated.cast(dtype) }
+}
+
+/// Rotates neighbouring pairs of features, in the dtype of the table.
+///
+/// # Shapes
+/// - `x`: `[batch, tokens, heads, head_dim]`
+/// - returns: the same, in the dtype of `x`
+///
+/// Source: FLUX (math.py, `apply_rope`).
+pub fn rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+    let [batch, tokens, heads, head_dim] = x.dims();
+    let dtype = x.dtype();
+    let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
+    let pairs = x.reshape([batch, tokens, heads, head_dim / 2, 2]);
+    let even = pairs.clone().narrow(4, 0, 1).squeeze_dim::<4>(4);
+    let odd = pairs.narrow(4, 1, 1).squeeze_dim::<4>(4);
+    let (cos, sin) = (table.cos.clone().unsqueeze_dim::<4>(2), table.sin.clone().unsqueeze_dim::<4>(2));
+    let rotated: Tensor<5> =
+        Tensor::stack(vec![even.clone() * cos.clone() - odd.clone() * sin.clone(), even * sin + odd * cos], 4);
+    let rotated = rotated.reshape([batch, tokens, heads, head_dim]);
+    if rotated.dtype() == dtype { rotated } else { rotated.cast(dtype) }
+}
+
+/// Multimodal rotary embedding (M-RoPE): the frequencies are shared out among three position axes.
+///
+/// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `apply_multimodal_rotary_pos_emb`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct MultimodalRotary {
+    inverse_frequencies: Vec<f32>,
+    axis_of_frequency: Vec<usize>,
+}
+
+impl MultimodalRotary {
+    /// # Panics
+    /// If the sections do not add up to `head_dim / 2`.
+    pub fn new(head_dim: usize, theta: f64, sections: [usize; 3]) -> Self {
+        assert_eq!(sections.iter().sum::<usize>(), head_dim / 2, "sections {sections:?}, head width {head_dim}");
+        let axis_of_frequency = (0..3).flat_map(|axis| std::iter::repeat_n(axis, sections[axis])).collect();
+        Self { inverse_frequencies: inverse_frequencies(head_dim, theta), axis_of_frequency }
+    }
+
+    /// Rounds the frequencies to bf16, as the original's decoders do with the embedding merger in bf16.
+    pub fn with_bf16_frequencies(mut self) -> Self {
+        for frequency in &mut self.inverse_frequencies {
+            *frequency = half::bf16::from_f32(*frequency).to_f32();
+        }
+        self
+    }
+
+    /// Table for one sequence of positions.
+    ///
+    /// # Shapes
+    /// - `positions`: temporal, row and column position of each token
+    /// - returns: f32 tables `[1, tokens, head_dim / 2]`
+    pub fn table(&self, positions: &[[f32; 3]], device: &Device) -> RotaryTable {
+        let angles: Vec<f32> = positions
+            .iter()
+            .flat_map(|position| {
+                self.inverse_frequencies
+                    .iter()
+                    .zip(&self.axis_of_frequency)
+                    .map(|(frequency, &axis)| position[axis] * frequency)
+            })
+            .collect();
+        RotaryTable::from_f32(&angles, positions.len(), self.inverse_frequencies.len(), device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, cpu};
+
+    fn quarter_turn() -> RotaryTable {
+        RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &cpu())
+    }
+
+    #[test]
+    fn rotations_pair_the_right_features() {
+        let x = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0], &cpu()).reshape([1, 1, 1, 4]);
+        assert_close(&rotate_half(x.clone(), &quarter_turn()), &[-3.0, 2.0, 1.0, 4.0], 1e-6);
+        assert_close(&rotate_interleaved(x, &quarter_turn()), &[-2.0, 1.0, 3.0, 4.0], 1e-6);
+    }
+
+    #[test]
+    fn each_section_follows_its_axis() {
+        let rotary = MultimodalRotary::new(8, 10_000.0, [1, 1, 2]);
+        let table = rotary.table(&[[1.0, 2.0, 3.0]], &cpu());
+        // inverse frequencies 1, 0.1, 0.01, 0.001
+        let angles = [1.0f32, 0.2, 0.03, 0.003];
+        assert_close(&table.cos, &angles.map(f32::cos), 1e-6);
+        assert_close(&table.sin, &angles.map(f32::sin), 1e-6);
+    }
+}

@@ -1,0 +1,125 @@
+//! For the tests of all nexus crates: a CPU device, fixtures, and comparisons that fail on NaN.
+//!
+//! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `tools/parity`.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData};
+
+use crate::checkpoint::Checkpoint;
+
+/// The CPU device of the test build, which compiles in exactly one CPU backend.
+pub fn cpu() -> Device {
+    Device::enumerate(DeviceType::Flex).into_iter().next().unwrap()
+}
+
+/// Values in `-1..=1` from a formula that the parity scripts share: `(((i * 7919 + seed * 104729) mod 2003) - 1001) / 1001`.
+pub fn ramp<const D: usize>(shape: [usize; D], seed: usize) -> Tensor<D> {
+    let count = shape.iter().product();
+    let value = |i: usize| (((i * 7919 + seed * 104_729) % 2003) as f32 - 1001.0) / 1001.0;
+    Tensor::from_data(TensorData::new((0..count).map(value).collect(), shape), (&cpu(), DType::F32))
+}
+
+/// One fixture file.
+pub struct Fixture {
+    file: Checkpoint,
+}
+
+impl Fixture {
+    /// Opens `tests/fixtures/<name>.safetensors` of the workspace.
+    pub fn open(name: &str) -> Self {
+        Self::at(fixtures_dir().join(format!("{name}.safetensors")))
+    }
+
+    pub fn at(path: impl AsRef<Path>) -> Self {
+        Self { file: Checkpoint::open(path).unwrap() }
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.file.contains(name)
+    }
+
+    /// A tensor of the file, or an input that the metadata says is a [`ramp`].
+    pub fn tensor<const D: usize>(&self, name: &str) -> Tensor<D> {
+        if self.has(name) {
+            return Tensor::from_data(self.file.data(name).unwrap(), (&cpu(), DType::F32));
+        }
+        #[derive(serde::Deserialize)]
+        struct Ramp {
+            ramp: usize,
+            shape: Vec<usize>,
+        }
+        let mut inputs: std::collections::HashMap<String, Ramp> = self.meta("inputs");
+        let Ramp { ramp: seed, shape } = inputs.remove(name).unwrap_or_else(|| panic!("no `{name}` in the fixture"));
+        ramp(shape.try_into().unwrap(), seed)
+    }
+
+    /// A parameter of the fixture.
+    pub fn meta<T: serde::de::DeserializeOwned>(&self, field: &str) -> T {
+        let mut meta: serde_json::Value = serde_json::from_str(&self.file.metadata()["meta"]).unwrap();
+        serde_json::from_value(meta[field].take()).unwrap_or_else(|error| panic!("meta `{field}`: {error}"))
+    }
+
+    pub fn ints<const D: usize>(&self, name: &str) -> Tensor<D, Int> {
+        Tensor::from_data(self.file.data(name).unwrap(), (&cpu(), DType::I64))
+    }
+
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        self.file.data(name).unwrap().try_into_vec_as::<f32>().unwrap()
+    }
+
+    pub fn integers(&self, name: &str) -> Vec<i64> {
+        self.file.data(name).unwrap().try_into_vec_as::<i64>().unwrap()
+    }
+
+    pub fn ids(&self, name: &str) -> Vec<u32> {
+        self.integers(name).into_iter().map(|id| u32::try_from(id).unwrap()).collect()
+    }
+
+    pub fn shape(&self, name: &str) -> Vec<usize> {
+        self.file.entry(name).unwrap().shape.clone()
+    }
+}
+
+/// `tests/fixtures` at the root of the workspace.
+pub fn fixtures_dir() -> PathBuf {
+    workspace_dir().join("tests/fixtures")
+}
+
+/// The bundled tiny checkpoint with random weights.
+pub fn random_models_dir() -> PathBuf {
+    workspace_dir().join("assets/nexus-random")
+}
+
+fn workspace_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+}
+
+/// Largest difference, relative to the largest expected magnitude; NaN anywhere gives infinity.
+pub fn relative_drift(actual: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(actual.len(), expected.len(), "number of values");
+    let largest = expected.iter().fold(0.0f32, |max, value| max.max(value.abs())).max(f32::MIN_POSITIVE);
+    let mut worst = 0.0f32;
+    for (a, e) in actual.iter().zip(expected) {
+        let difference = (a - e).abs();
+        if difference.is_nan() {
+            return f32::INFINITY;
+        }
+        worst = worst.max(difference);
+    }
+    worst / largest
+}
+
+#[track_caller]
+pub fn assert_close<const D: usize>(actual: &Tensor<D>, expected: &[f32], tolerance: f32) {
+    let actual = actual.to_data().try_into_vec_as::<f32>().unwrap();
+    let drift = relative_drift(&actual, expected);
+    assert!(drift <= tolerance, "drift {drift:e} is over {tolerance:e}");
+}
+
+#[track_caller]
+pub fn assert_close_tensors<const D: usize>(actual: &Tensor<D>, expected: &Tensor<D>, tolerance: f32) {
+    assert_eq!(actual.dims(), expected.dims(), "shape");
+    assert_close(actual, &expected.to_data().try_into_vec_as::<f32>().unwrap(), tolerance);
+}
