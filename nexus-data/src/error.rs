@@ -1,0 +1,193 @@
+//! What can be wrong with the input of this crate: one enum, fields instead of sentences, sources kept.
+
+use std::path::{Path, PathBuf};
+
+use nexus_core::EmbedsError;
+use nexus_core::config::ConfigError;
+
+/// An error of a library underneath (image codec, tokenizer), kept as the source.
+pub type BoxedSource = Box<dyn std::error::Error + Send + Sync>;
+
+/// What can be wrong with messages, prompts, tokenizer files and images.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// There is nothing to answer: no message, or a prompt without text.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// The places for images in the text are not as many as the images.
+    #[error("the text has {markers} places for images, but {images} images were given")]
+    ImageMarkers {
+        /// Places in the text: `<image>` in messages, `<|image_pad|>` in a rendered prompt.
+        markers: usize,
+        /// Images given.
+        images: usize,
+    },
+    /// A message spells a token that stands for an image; the model would look for pixels that do not exist.
+    #[error("the text contains the reserved token `{token}`; write `<image>` where an image goes")]
+    SpecialTokenInText {
+        /// Token that was found.
+        token: &'static str,
+    },
+    /// No tokenizer file at this place.
+    #[error("{path}: no such tokenizer file", path = path.display())]
+    TokenizerMissing {
+        /// File that was looked for.
+        path: PathBuf,
+    },
+    /// The tokenizer file cannot be used.
+    #[error("{path}: not a usable tokenizer: {source}", path = path.display())]
+    TokenizerInvalid {
+        /// File that was read.
+        path: PathBuf,
+        /// What the tokenizer library or the file system said.
+        source: BoxedSource,
+    },
+    /// The tokenizer has a SentencePiece model only.
+    #[error("{path}: only a SentencePiece model is here; a `tokenizer.json` is needed", path = path.display())]
+    SentencePieceOnly {
+        /// The SentencePiece file.
+        path: PathBuf,
+    },
+    /// The tokenizer lacks a token that the model needs.
+    #[error("{path}: the tokenizer has no token `{token}`", path = path.display())]
+    SpecialTokenMissing {
+        /// Token that was looked for.
+        token: &'static str,
+        /// Tokenizer file.
+        path: PathBuf,
+    },
+    /// The tokenizer failed on a text or on token ids.
+    #[error("the tokenizer failed: {source}")]
+    Tokenize {
+        /// What the tokenizer library said.
+        source: BoxedSource,
+    },
+    /// No image file at this place.
+    #[error("{path}: no such image file", path = path.display())]
+    ImageMissing {
+        /// File that was looked for.
+        path: PathBuf,
+    },
+    /// The image file cannot be read.
+    #[error("{path}: cannot be read: {source}", path = path.display())]
+    ImageRead {
+        /// File that was read.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The bytes are in no image format that is read here.
+    #[error("{}: not a PNG, JPEG, WebP, BMP or GIF image", origin(path))]
+    NotAnImage {
+        /// File, if the bytes came from one.
+        path: Option<PathBuf>,
+    },
+    /// The image is damaged, or of a kind that the codec does not support.
+    #[error("{}: the image cannot be decoded: {source}", origin(path))]
+    ImageDecode {
+        /// File, if the bytes came from one.
+        path: Option<PathBuf>,
+        /// What the codec said.
+        source: BoxedSource,
+    },
+    /// The image ends before its last pixel.
+    #[error("{}: the image is truncated", origin(path))]
+    ImageTruncated {
+        /// File, if the bytes came from one.
+        path: Option<PathBuf>,
+    },
+    /// An image without pixels.
+    #[error("an image of {width_px}x{height_px} pixels is empty")]
+    ImageEmpty {
+        /// Width in pixels.
+        width_px: usize,
+        /// Height in pixels.
+        height_px: usize,
+    },
+    /// More pixels than allowed; nothing was decoded.
+    #[error(
+        "{}: {width_px}x{height_px} pixels are over the limit of {max_side_px} pixels per side and {max_pixels} in all",
+        origin(path)
+    )]
+    ImageTooLarge {
+        /// File, if the bytes came from one.
+        path: Option<PathBuf>,
+        /// Width in pixels.
+        width_px: usize,
+        /// Height in pixels.
+        height_px: usize,
+        /// Largest width and height allowed.
+        max_side_px: usize,
+        /// Largest area allowed, in pixels.
+        max_pixels: usize,
+    },
+    /// More bytes than allowed; nothing was decoded.
+    #[error("{}: the file is over the limit of {max_bytes} bytes", origin(path))]
+    ImageFileTooLarge {
+        /// File, if the bytes came from one.
+        path: Option<PathBuf>,
+        /// Largest size allowed, in bytes.
+        max_bytes: u64,
+    },
+    /// An image that is far longer than wide, or the reverse.
+    #[error("an image of {width_px}x{height_px} pixels has an aspect ratio over {max_ratio}")]
+    AspectRatio {
+        /// Width in pixels.
+        width_px: usize,
+        /// Height in pixels.
+        height_px: usize,
+        /// Largest ratio of the longer to the shorter side.
+        max_ratio: usize,
+    },
+    /// No whole number of 28x28 cells fits the allowed area.
+    #[error("an image of {width_px}x{height_px} pixels does not fit into {max_pixels} pixels in cells of 28x28")]
+    PixelBudget {
+        /// Width in pixels.
+        width_px: usize,
+        /// Height in pixels.
+        height_px: usize,
+        /// Largest area allowed, in pixels.
+        max_pixels: usize,
+    },
+    /// A buffer that does not hold the image it is said to hold.
+    #[error("an image of {width_px}x{height_px} pixels does not have {found} values")]
+    BufferLength {
+        /// Width in pixels.
+        width_px: usize,
+        /// Height in pixels.
+        height_px: usize,
+        /// Values in the buffer.
+        found: usize,
+    },
+    /// A decoded picture holds NaN or infinite values, for example after an overflow in half precision.
+    #[error("the decoded picture holds {count} values that are not finite")]
+    NotFinite {
+        /// How many.
+        count: usize,
+    },
+    /// The file name does not say which format to write.
+    #[error("{path}: the extension must be png, jpg or jpeg", path = path.display())]
+    ImageExtension {
+        /// File that was to be written.
+        path: PathBuf,
+    },
+    /// The image file cannot be written.
+    #[error("{path}: cannot be written: {source}", path = path.display())]
+    ImageWrite {
+        /// File that was to be written.
+        path: PathBuf,
+        /// What the system or the codec said.
+        source: BoxedSource,
+    },
+    /// An image size that is not a whole number of merged tokens.
+    #[error(transparent)]
+    Grid(#[from] EmbedsError),
+    /// A configuration file cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+fn origin(path: &Option<PathBuf>) -> std::path::Display<'_> {
+    path.as_deref().unwrap_or(Path::new("image in memory")).display()
+}

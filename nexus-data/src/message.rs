@@ -1,0 +1,124 @@
+//! Messages of a conversation, the input of the whole pipeline: a role, and parts that are text or images in order.
+
+use crate::image::Image;
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The frame of the conversation; only useful as the first message.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+}
+
+impl Role {
+    /// The name in the chat template.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+/// One piece of a message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Part {
+    /// Text, used word for word. `<image>` in it marks the place of an image of the same message.
+    Text(String),
+    /// A picture.
+    Image(Image),
+}
+
+/// One turn of a conversation.
+///
+/// Images stand where their part stands, unless the text of the message has `<image>` markers: then the images go to
+/// the markers, first to first, and there must be as many markers as images.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said, in order.
+    pub parts: Vec<Part>,
+}
+
+impl Message {
+    /// A message of the user that starts with this text.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::user().with_text(text)
+    }
+
+    /// An empty message of the user.
+    pub fn user() -> Self {
+        Self { role: Role::User, parts: Vec::new() }
+    }
+
+    /// An empty system message; as the first message it replaces the default one.
+    pub fn system() -> Self {
+        Self { role: Role::System, parts: Vec::new() }
+    }
+
+    /// An empty message of the model, to replay an earlier answer.
+    pub fn assistant() -> Self {
+        Self { role: Role::Assistant, parts: Vec::new() }
+    }
+
+    /// Adds a text after the parts so far.
+    #[must_use]
+    pub fn with_text(mut self, text: impl Into<String>) -> Self {
+        self.parts.push(Part::Text(text.into()));
+        self
+    }
+
+    /// Adds an image after the parts so far.
+    #[must_use]
+    pub fn with_image(mut self, image: Image) -> Self {
+        self.parts.push(Part::Image(image));
+        self
+    }
+
+    /// The images of this message, in order.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        self.parts.iter().filter_map(|part| match part {
+            Part::Image(image) => Some(image),
+            Part::Text(_) => None,
+        })
+    }
+
+    /// The texts of this message, in order.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().filter_map(|part| match part {
+            Part::Text(text) => Some(text.as_str()),
+            Part::Image(_) => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_keep_their_order() {
+        let image = Image::from_rgb8(1, 1, vec![1, 2, 3]).unwrap();
+        let message = Message::text("a").with_image(image.clone()).with_text("b");
+        assert_eq!(message.role, Role::User);
+        assert_eq!(message.parts, [Part::Text("a".into()), Part::Image(image.clone()), Part::Text("b".into())]);
+        assert_eq!(message.texts().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(message.images().collect::<Vec<_>>(), [&image]);
+    }
+
+    #[test]
+    fn roles_have_the_names_of_the_template() {
+        for (message, name) in
+            [(Message::system(), "system"), (Message::user(), "user"), (Message::assistant(), "assistant")]
+        {
+            assert_eq!(message.role.as_str(), name);
+            assert_eq!(serde_json::to_string(&message.role).unwrap(), format!("\"{name}\""));
+        }
+    }
+}
