@@ -1,0 +1,34 @@
+//! The vision encoder of Nexus-Gen (Qwen2.5-VL's): pixel patches -> [`nexus_core::ImageEmbeds`].
+//!
+//! ```no_run
+//! use burn::tensor::{Device, DeviceType, Tensor};
+//! use nexus_core::{GridThw, checkpoint::{Checkpoint, LoadOptions}};
+//! use nexus_vision_encoder::{VisionConfig, VisionEncoder};
+//!
+//! # fn main() -> Result<(), nexus_vision_encoder::VisionEncoderError> {
+//! let device = Device::default();
+//! let checkpoint = Checkpoint::open("models/Nexus-GenV2")?;
+//! let config = VisionConfig::read("models/Nexus-GenV2/config.json")?;
+//! let encoder = VisionEncoder::load(&config, &checkpoint, &LoadOptions::default(), &device)?;
+//! let patches = Tensor::<2>::zeros([18 * 18, 1176], &device);
+//! let images = encoder.encode(patches, &[GridThw::GENERATED])?;
+//! assert_eq!(images[0].values.dims(), [1, 81, config.out_hidden_size]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Resizing and patching happen in `nexus-data`; nothing here reads a picture or a text.
+
+mod block;
+mod config;
+mod encoder;
+mod merger;
+mod weights;
+mod window;
+
+pub use block::{VisionAttention, VisionBlock};
+pub use config::VisionConfig;
+pub use encoder::{PatchEmbed, PatchProjection, VisionEncoder, VisionEncoderError};
+pub use merger::{MergerMlp, PatchMerger};
+pub use weights::NAMES;
+pub use window::WindowLayout;
