@@ -1,0 +1,77 @@
+//! What can go wrong in the autoregressive model.
+
+use nexus_core::{EmbedsError, checkpoint::CheckpointError, config::ConfigError};
+
+/// Errors of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArError {
+    /// A configuration file is absent, malformed or incoherent.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights cannot be read or do not fit.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Embeddings do not fit their grid.
+    #[error(transparent)]
+    Embeds(#[from] EmbedsError),
+    /// A prompt without tokens.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// The prompt does not leave room for a reply.
+    #[error("the prompt has {tokens} tokens, but the model's context holds {limit}: shorten it or use smaller images")]
+    PromptTooLong {
+        /// Length of the prompt.
+        tokens: usize,
+        /// Length of the context, `max_position_embeddings`.
+        limit: usize,
+    },
+    /// A token id that the model has no embedding for.
+    #[error("token id {id} is outside of the model's vocabulary of {vocab_size}: the tokenizer is another model's")]
+    TokenOutOfVocabulary {
+        /// The id.
+        id: u32,
+        /// Number of ids.
+        vocab_size: usize,
+    },
+    /// The prompt's image positions and the images given disagree.
+    #[error("the prompt has {positions} image tokens, but the images given have {embeddings} embeddings")]
+    ImageTokens {
+        /// Image tokens in the prompt.
+        positions: usize,
+        /// Embeddings of all images given.
+        embeddings: usize,
+    },
+    /// More or fewer images in the prompt than grids.
+    #[error("the prompt marks {markers} images, but {grids} were given")]
+    ImageCount {
+        /// Begin-of-image tokens followed by image tokens.
+        markers: usize,
+        /// Grids given.
+        grids: usize,
+    },
+    /// Image embeddings of another model's width.
+    #[error("image embeddings of width {found} were given to a model of width {expected}")]
+    EmbedWidth {
+        /// Width given.
+        found: usize,
+        /// Width of the model.
+        expected: usize,
+    },
+    /// An option that cannot be used.
+    #[error("option `{option}`: {reason}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// Why it cannot be used and what can.
+        reason: String,
+    },
+    /// The model computed NaN or infinite scores.
+    #[error(
+        "the model's scores for token {index} are not numbers: check the weights with a NaN scan, or compute in f32"
+    )]
+    NotFinite {
+        /// Index of the token in the sequence.
+        index: usize,
+    },
+}

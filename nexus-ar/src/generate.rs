@@ -1,0 +1,337 @@
+//! The stage: a prompt -> text and images, by a state machine of text steps and image blocks.
+//!
+//! In a text step the model scores the next token. When the chosen token begins an image, its embedding is fed and
+//! predicts image embedding 0; then the 81 prefill embeddings are fed and predict embeddings 1 to 80; then the token
+//! that ends an image is forced and text goes on.
+
+use std::ops::ControlFlow;
+
+use burn::tensor::{FloatDType, Tensor};
+use nexus_core::{GridThw, ImageEmbeds};
+use serde::{Deserialize, Serialize};
+
+use crate::{ArError, ArModel, KvCache, NUM_IMAGE_TOKENS, Sampler, SamplingOptions, image_position_ids, position_ids};
+
+/// What the model continues.
+#[derive(Debug, Clone, Copy)]
+pub struct Prompt<'a> {
+    /// Ids of the prompt, image tokens expanded; it may end with the token that begins an image.
+    pub token_ids: &'a [u32],
+    /// Embeddings of the images in the prompt, in order, each of batch 1.
+    pub images: &'a [ImageEmbeds],
+}
+
+/// How the 81 positions of an image are computed; the result is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImagePass {
+    /// One forward pass for all.
+    #[default]
+    Parallel,
+    /// One forward pass each, the order of the original.
+    Sequential,
+}
+
+/// Positions of the text that follows a generated image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PositionsAfterImage {
+    /// As the original generates: the image counts as 81 positions.
+    #[default]
+    Reference,
+    /// As the model was trained: the image counts as its longer side, 9 positions.
+    Trained,
+}
+
+/// Options of [`generate`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GenerateOptions {
+    /// Longest reply in tokens, the 81 of each image included.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// Ids that end the reply; empty means the model's `eos_token_id`.
+    pub eos_token_ids: Vec<u32>,
+    /// How images are computed.
+    pub image_pass: ImagePass,
+    /// Where text goes on after an image.
+    pub positions_after_image: PositionsAfterImage,
+    /// Compute dtype of the activations.
+    #[serde(skip, default = "default_dtype")]
+    pub dtype: FloatDType,
+    /// Keeps the scores of every text step in [`Generation::text_steps`].
+    pub keep_scores: bool,
+}
+
+fn default_dtype() -> FloatDType {
+    FloatDType::F32
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 1024,
+            sampling: SamplingOptions::default(),
+            eos_token_ids: vec![],
+            image_pass: ImagePass::default(),
+            positions_after_image: PositionsAfterImage::default(),
+            dtype: default_dtype(),
+            keep_scores: false,
+        }
+    }
+}
+
+/// What happens while a reply is written.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum GenerateEvent<'a> {
+    /// The prompt has been read.
+    PromptRead {
+        /// Its length.
+        tokens: usize,
+    },
+    /// A token has been chosen.
+    Token {
+        /// Its id.
+        id: u32,
+    },
+    /// An image is complete.
+    Image {
+        /// Its embeddings.
+        embeds: &'a ImageEmbeds,
+    },
+}
+
+/// Why a reply ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its turn.
+    EndOfTurn,
+    /// `max_new_tokens` or the context is used up.
+    Length,
+    /// The observer stopped it.
+    Stopped,
+}
+
+/// Scores of one text step.
+#[derive(Debug, Clone)]
+pub struct TextStep {
+    /// Index of the chosen token in the sequence.
+    pub index: usize,
+    /// Scores of all ids after masking and penalty.
+    pub scores: Vec<f32>,
+}
+
+/// A reply.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// Prompt and reply.
+    pub token_ids: Vec<u32>,
+    /// Length of the prompt.
+    pub prompt_len: usize,
+    /// Generated images, in order, each `[1, 81, hidden]`.
+    pub images: Vec<ImageEmbeds>,
+    /// Embeddings of an image that the end of the reply cut off, `[1, fewer than 81, hidden]`.
+    pub unfinished_image: Option<Tensor<3>>,
+    /// Positions of all tokens that were fed to the model.
+    pub positions: Vec<[i64; 3]>,
+    /// Why the reply ended.
+    pub finish: FinishReason,
+    /// Scores of the text steps, if asked for.
+    pub text_steps: Vec<TextStep>,
+}
+
+impl Generation {
+    /// The reply without the prompt.
+    pub fn new_token_ids(&self) -> &[u32] {
+        &self.token_ids[self.prompt_len..]
+    }
+}
+
+/// Writes a reply; the observer may stop it after every token.
+///
+/// # Errors
+/// [`ArError::EmptyPrompt`], [`ArError::PromptTooLong`], [`ArError::TokenOutOfVocabulary`], [`ArError::ImageTokens`],
+/// [`ArError::ImageCount`], [`ArError::EmbedWidth`] for the prompt, [`ArError::Option`] for an option out of range,
+/// [`ArError::NotFinite`] if the scores are not numbers.
+///
+/// Source: Nexus-Gen (modeling_qwen2_5_vl.py, `_sample`).
+/// Differs: the image is one pass by default, a second image works, and so does a prompt with images that ends with the
+/// token that begins one.
+pub fn generate(
+    model: &ArModel,
+    prompt: Prompt<'_>,
+    options: &GenerateOptions,
+    observer: &mut dyn FnMut(GenerateEvent<'_>) -> ControlFlow<()>,
+) -> Result<Generation, ArError> {
+    let ids = model.config().token_ids;
+    let (mut reply, mut hidden) = Reply::begin(model, prompt, options)?;
+    let mut sampler = Sampler::new(options.sampling.clone())?;
+    let own_eos = [ids.eos_token_id];
+    let eos = if options.eos_token_ids.is_empty() { &own_eos[..] } else { &options.eos_token_ids };
+    if observer(GenerateEvent::PromptRead { tokens: prompt.token_ids.len() }).is_break() {
+        return Ok(reply.finish(FinishReason::Stopped));
+    }
+    loop {
+        if reply.is_full() {
+            return Ok(reply.finish(FinishReason::Length));
+        }
+        let id = match reply.generation.token_ids.last() {
+            Some(&last) if last == ids.vision_start_token_id => {
+                let Some(embeds) = reply.image_block(hidden)? else {
+                    return Ok(reply.finish(FinishReason::Length));
+                };
+                let event = observer(GenerateEvent::Image { embeds: &embeds });
+                reply.generation.images.push(embeds);
+                if event.is_break() {
+                    return Ok(reply.finish(FinishReason::Stopped));
+                }
+                if reply.is_full() {
+                    return Ok(reply.finish(FinishReason::Length));
+                }
+                ids.vision_end_token_id
+            }
+            _ => reply.choose(hidden, &mut sampler)?,
+        };
+        reply.generation.token_ids.push(id);
+        if observer(GenerateEvent::Token { id }).is_break() {
+            return Ok(reply.finish(FinishReason::Stopped));
+        }
+        if eos.contains(&id) {
+            return Ok(reply.finish(FinishReason::EndOfTurn));
+        }
+        if reply.is_full() {
+            return Ok(reply.finish(FinishReason::Length));
+        }
+        hidden = reply.feed_token(id)?;
+    }
+}
+
+/// A reply that is being written, with everything the model has seen.
+struct Reply<'a> {
+    model: &'a ArModel,
+    options: &'a GenerateOptions,
+    cache: KvCache,
+    limit: usize,
+    /// Position of a text token minus its index in the sequence.
+    delta: i64,
+    generation: Generation,
+}
+
+impl<'a> Reply<'a> {
+    /// Feeds the prompt; also returns the hidden state of its last token, `[1, 1, hidden]`.
+    fn begin(
+        model: &'a ArModel,
+        prompt: Prompt<'_>,
+        options: &'a GenerateOptions,
+    ) -> Result<(Self, Tensor<3>), ArError> {
+        let (tokens, context) = (prompt.token_ids.len(), model.config().max_position_embeddings);
+        if options.max_new_tokens == 0 {
+            return Err(ArError::Option { option: "max_new_tokens", reason: "0 leaves no room for a reply".into() });
+        }
+        if tokens >= context {
+            return Err(ArError::PromptTooLong { tokens, limit: context });
+        }
+        let grids: Vec<GridThw> = prompt.images.iter().map(|image| image.grid).collect();
+        let embeds = model.embed(prompt.token_ids, prompt.images, options.dtype)?;
+        let positions = position_ids(prompt.token_ids, &grids, &model.config().token_ids)?;
+        let mut reply = Self {
+            model,
+            options,
+            cache: KvCache::new(),
+            limit: context.min(tokens + options.max_new_tokens),
+            delta: positions.delta,
+            generation: Generation {
+                token_ids: prompt.token_ids.to_vec(),
+                prompt_len: tokens,
+                images: vec![],
+                unfinished_image: None,
+                positions: vec![],
+                finish: FinishReason::Length,
+                text_steps: vec![],
+            },
+        };
+        let hidden = reply.feed(embeds, positions.axes);
+        Ok((reply, hidden.narrow(1, tokens - 1, 1)))
+    }
+
+    fn is_full(&self) -> bool {
+        self.generation.token_ids.len() >= self.limit
+    }
+
+    fn finish(mut self, reason: FinishReason) -> Generation {
+        self.generation.finish = reason;
+        self.generation
+    }
+
+    fn feed(&mut self, embeds: Tensor<3>, positions: Vec<[i64; 3]>) -> Tensor<3> {
+        let hidden = self.model.forward(embeds, &positions, Some(&mut self.cache));
+        self.generation.positions.extend(positions);
+        hidden
+    }
+
+    fn feed_token(&mut self, id: u32) -> Result<Tensor<3>, ArError> {
+        let embeds = self.model.embed(&[id], &[], self.options.dtype)?;
+        let position = self.generation.token_ids.len() as i64 - 1 + self.delta;
+        Ok(self.feed(embeds, vec![[position; 3]]))
+    }
+
+    fn choose(&mut self, hidden: Tensor<3>, sampler: &mut Sampler) -> Result<u32, ArError> {
+        let index = self.generation.token_ids.len();
+        let not_finite = ArError::NotFinite { index };
+        let Ok(mut scores) = self.model.logits(hidden).into_data().try_into_vec_as::<f32>() else {
+            return Err(not_finite);
+        };
+        if scores.iter().any(|score| !score.is_finite()) {
+            return Err(not_finite);
+        }
+        // An image only ends after its 81 tokens, where its end is forced.
+        scores[self.model.config().token_ids.vision_end_token_id as usize] = f32::NEG_INFINITY;
+        let id = sampler.choose(&mut scores, &self.generation.token_ids);
+        if self.options.keep_scores {
+            self.generation.text_steps.push(TextStep { index, scores });
+        }
+        Ok(id)
+    }
+
+    /// Feeds the prefill embeddings; `hidden` is the state of the token that begins the image, `[1, 1, hidden]`.
+    ///
+    /// Returns `None` if the reply is full before the image is complete.
+    fn image_block(&mut self, hidden: Tensor<3>) -> Result<Option<ImageEmbeds>, ArError> {
+        let grid = GridThw::GENERATED;
+        let room = self.limit - self.generation.token_ids.len();
+        let tokens = NUM_IMAGE_TOKENS.min(room);
+        // As everywhere, the last token of a full reply is not fed.
+        let fed = NUM_IMAGE_TOKENS.min(room - 1);
+        let start = self.generation.positions.last().map_or(0, |position| position[0] + 1);
+        let mut states = vec![hidden];
+        if fed > 0 {
+            states.push(self.feed_prefill(image_position_ids(start, grid).take(fed).collect()));
+        }
+        self.generation.token_ids.extend(vec![self.model.config().token_ids.image_token_id; tokens]);
+        // The state of the last prefill embedding predicts what follows the image, not a part of it.
+        let predicting = Tensor::cat(states, 1).narrow(1, 0, tokens);
+        let embeds = self.model.predict_embeds(predicting);
+        if tokens < NUM_IMAGE_TOKENS {
+            self.generation.unfinished_image = Some(embeds);
+            return Ok(None);
+        }
+        if self.options.positions_after_image == PositionsAfterImage::Trained {
+            self.delta += grid.merged_h().max(grid.merged_w()) as i64 - NUM_IMAGE_TOKENS as i64;
+        }
+        Ok(Some(ImageEmbeds::new(embeds, grid)?))
+    }
+
+    /// Feeds as many prefill embeddings as there are positions; returns their states, `[1, positions, hidden]`.
+    fn feed_prefill(&mut self, positions: Vec<[i64; 3]>) -> Tensor<3> {
+        let prefill = self.model.prefill_embeds(self.options.dtype).narrow(1, 0, positions.len());
+        match self.options.image_pass {
+            ImagePass::Parallel => self.feed(prefill, positions),
+            ImagePass::Sequential => {
+                let step = |(index, position)| self.feed(prefill.clone().narrow(1, index, 1), vec![position]);
+                Tensor::cat(positions.into_iter().enumerate().map(step).collect(), 1)
+            }
+        }
+    }
+}

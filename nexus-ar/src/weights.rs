@@ -1,0 +1,10 @@
+//! Names of the model's weights in `model-*.safetensors`, as data.
+
+use nexus_core::checkpoint::WeightNames;
+
+/// Module paths -> names in the released checkpoint: the same.
+pub const NAMES: WeightNames = WeightNames {
+    prefix: "",
+    renames: &[],
+    unused: &[("visual.", "the vision encoder, loaded by nexus-vision-encoder")],
+};
