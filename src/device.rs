@@ -1,0 +1,119 @@
+//! Choosing a device by name: `"cpu"`, `"cuda:0"`, … -> a burn device that is really there.
+
+use burn::tensor::{Device, DeviceType};
+
+/// Names of the backends and how burn calls them, in the order of preference for messages.
+fn compiled() -> Vec<(&'static str, DeviceType)> {
+    vec![
+        #[cfg(feature = "flex")]
+        ("cpu", DeviceType::Flex),
+        #[cfg(feature = "wgpu")]
+        ("wgpu", DeviceType::Wgpu),
+        #[cfg(feature = "vulkan")]
+        ("vulkan", DeviceType::Vulkan),
+        #[cfg(feature = "metal")]
+        ("metal", DeviceType::Metal),
+        #[cfg(feature = "cuda")]
+        ("cuda", DeviceType::Cuda),
+        #[cfg(feature = "rocm")]
+        ("rocm", DeviceType::Rocm),
+    ]
+}
+
+const KNOWN: [&str; 6] = ["cpu", "wgpu", "vulkan", "metal", "cuda", "rocm"];
+
+/// Finds a device by name: a backend (`cpu`, `wgpu`, `vulkan`, `metal`, `cuda`, `rocm`) and, after a colon, which of
+/// its devices (0 if left out).
+///
+/// # Errors
+/// [`DeviceError::Unknown`] for another name, [`DeviceError::NotCompiledIn`] if the feature is off,
+/// [`DeviceError::NotFound`] if the machine has no such device.
+pub fn device(name: &str) -> Result<Device, DeviceError> {
+    let unknown = || DeviceError::Unknown { name: name.to_string() };
+    let (backend, index) = match name.split_once(':') {
+        None => (name, 0),
+        Some((backend, index)) => (backend, index.parse::<usize>().map_err(|_| unknown())?),
+    };
+    let backend = KNOWN.into_iter().find(|known| *known == backend).ok_or_else(unknown)?;
+    let compiled = compiled();
+    let Some((_, device_type)) = compiled.iter().find(|(name, _)| *name == backend) else {
+        let compiled = compiled.iter().map(|(name, _)| *name).collect();
+        return Err(DeviceError::NotCompiledIn { backend, compiled });
+    };
+    let found: Vec<Device> = Device::enumerate(device_type.clone()).into_iter().collect();
+    let count = found.len();
+    found.into_iter().nth(index).ok_or(DeviceError::NotFound { backend, index, found: count })
+}
+
+/// Names of all devices that are there, for [`device`]; never panics when a driver is missing.
+pub fn devices() -> Vec<String> {
+    let names = |(backend, device_type): (&'static str, DeviceType)| {
+        (0..Device::enumerate(device_type).len()).map(move |index| match (backend, index) {
+            ("cpu", 0) => backend.to_string(),
+            _ => format!("{backend}:{index}"),
+        })
+    };
+    compiled().into_iter().flat_map(names).collect()
+}
+
+/// A device that cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// Not the name of a device.
+    #[error("`{name}` is not a device: use {}, with `:N` for the N-th of several", KNOWN.join(", "))]
+    Unknown {
+        /// Name given.
+        name: String,
+    },
+    /// The backend was not compiled in.
+    #[error("`{backend}` is not in this build, which has {}: build with the feature `{backend}`", list(compiled))]
+    NotCompiledIn {
+        /// Backend asked for.
+        backend: &'static str,
+        /// Backends of this build.
+        compiled: Vec<&'static str>,
+    },
+    /// The machine has no such device.
+    #[error("`{backend}:{index}` is not there: {found} device(s) of this kind were found")]
+    NotFound {
+        /// Backend asked for.
+        backend: &'static str,
+        /// Which of its devices.
+        index: usize,
+        /// How many were found.
+        found: usize,
+    },
+}
+
+fn list(names: &[&str]) -> String {
+    if names.is_empty() { "no backend".to_string() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_are_no_device_are_refused() {
+        for name in ["", "gpu", "cuda:x", "cpu:", "cpu:-1"] {
+            assert_eq!(device(name).err(), Some(DeviceError::Unknown { name: name.to_string() }));
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_cpu_is_there_once() {
+        assert!(device("cpu").is_ok() && device("cpu:0").is_ok());
+        assert_eq!(device("cpu:1").err(), Some(DeviceError::NotFound { backend: "cpu", index: 1, found: 1 }));
+        assert_eq!(devices()[0], "cpu");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_backend_that_is_not_compiled_in_says_so() {
+        let error = device("cuda:0").err().unwrap();
+        assert!(matches!(error, DeviceError::NotCompiledIn { backend: "cuda", .. }));
+        assert!(error.to_string().contains("feature `cuda`"), "{error}");
+    }
+}

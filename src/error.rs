@@ -1,0 +1,97 @@
+//! The one error type of the facade: what the stages report, and what only the whole can get wrong.
+
+use std::path::PathBuf;
+
+use crate::DeviceError;
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A message, prompt, tokenizer or image cannot be used.
+    #[error(transparent)]
+    Data(#[from] nexus_data::DataError),
+    /// The vision encoder cannot be loaded or run.
+    #[error(transparent)]
+    VisionEncoder(#[from] nexus_vision_encoder::VisionEncoderError),
+    /// The autoregressive model cannot be loaded or run.
+    #[error(transparent)]
+    Ar(#[from] nexus_ar::ArError),
+    /// A decoder, the autoencoder or a text encoder cannot be loaded or run.
+    #[error(transparent)]
+    Diffusion(#[from] nexus_diffusion::DiffusionError),
+    /// A checkpoint cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] nexus_core::checkpoint::CheckpointError),
+    /// A configuration file cannot be used.
+    #[error(transparent)]
+    Config(#[from] nexus_core::config::ConfigError),
+    /// Image embeddings do not fit their grid, or cannot be read or written.
+    #[error(transparent)]
+    Embeds(#[from] nexus_core::EmbedsError),
+    /// There is no such device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The directory of the models is not there.
+    #[error("{path}: no such directory", path = path.display())]
+    NoSuchDirectory {
+        /// Directory that was looked for.
+        path: PathBuf,
+    },
+    /// The directory holds no model.
+    #[error("{path}: no Nexus-Gen model here; looked for {}", list(looked_for), path = path.display())]
+    NoModel {
+        /// Directory that was given.
+        path: PathBuf,
+        /// Files that would have made it a model.
+        looked_for: Vec<PathBuf>,
+    },
+    /// A file that this request needs is not there.
+    #[error("the {what} is needed for this but not there; looked for {}", list(looked_for))]
+    FileMissing {
+        /// What the file is.
+        what: &'static str,
+        /// Where it was looked for.
+        looked_for: Vec<PathBuf>,
+    },
+    /// The model answered with text only where a picture was wanted.
+    #[error("the model answered without drawing: {reply:?}; ask for an image more plainly")]
+    NoImage {
+        /// What it wrote.
+        reply: String,
+    },
+    /// More pixels than allowed; nothing was computed.
+    #[error(
+        "a picture of {width}x{height} pixels is over the limit of {max_pixels} pixels (Loader::max_picture_pixels)"
+    )]
+    PictureTooLarge {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// Largest area allowed, in pixels.
+        max_pixels: usize,
+    },
+    /// The conversation has no picture that could be changed.
+    #[error("there is no picture in the conversation to edit: send one with the message")]
+    NothingToEdit,
+    /// The device failed to give a result back.
+    #[error("the device failed to give the result back: {reason}")]
+    Read {
+        /// What the backend said.
+        reason: String,
+    },
+    /// The observer stopped the request.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    pub(crate) fn read(error: impl std::fmt::Display) -> Self {
+        Self::Read { reason: error.to_string() }
+    }
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,81 @@
+//! nexus: one model that understands, generates and edits images, in Rust.
+//!
+//! [`Nexus`] runs Nexus-Gen (arXiv 2504.21356) from its released checkpoints: a language model reads text and images
+//! and, to draw, predicts 81 embeddings in the space of its own vision encoder; a FLUX-based diffusion transformer,
+//! conditioned on them, draws the pixels.
+//!
+//! ```no_run
+//! use nexus::{EditOptions, GenerateOptions, Image, Message, Nexus, TextOptions};
+//!
+//! # fn main() -> Result<(), nexus::Error> {
+//! let device = nexus::device("cpu")?;
+//! let mut nexus = Nexus::load("models", &device)?;
+//! let cat = Image::open("cat.png")?;
+//! println!("{}", nexus.understand(&cat, "What is this?", &TextOptions::default())?);
+//! nexus.generate("A cute cat", &GenerateOptions { steps: 30, ..Default::default() })?.save("new.png")?;
+//! nexus.edit(&cat, "Add a pair of sunglasses", &EditOptions::default())?.save("edited.png")?;
+//! for part in nexus.chat().send(Message::text("Describe it, then draw it at night").with_image(cat))?.parts {
+//!     println!("{part:?}");
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `models` is the original's directory: `Nexus-GenV2/` and `FLUX/FLUX.1-dev/` with the released file names.
+//!
+//! # The stages
+//! Each stage is a crate of its own that can be used alone; the facade only chooses, orders and reports. Between them
+//! goes one type, [`ImageEmbeds`]: it can be saved, loaded, compared and drawn again.
+//!
+//! | crate | data in -> data out |
+//! |---|---|
+//! | [`data`] | messages -> token ids and pixel patches |
+//! | [`vision_encoder`] | pixel patches -> [`ImageEmbeds`] |
+//! | [`ar`] | token ids and [`ImageEmbeds`] -> text and new [`ImageEmbeds`] |
+//! | [`diffusion`] | [`ImageEmbeds`] -> pixels |
+//! | [`core`] | what they share: embeddings, checkpoints, neural-network blocks |
+//!
+//! # Features
+//! Backends; any set can be compiled into one program, and [`device`] chooses at run time.
+//!
+//! | feature | devices |
+//! |---|---|
+//! | `flex` (default) | CPU: `cpu` |
+//! | `wgpu` | GPUs through WebGPU: `wgpu:0` |
+//! | `vulkan` | GPUs through Vulkan: `vulkan:0` |
+//! | `metal` | Apple GPUs: `metal:0` |
+//! | `cuda` | NVIDIA GPUs: `cuda:0` |
+//! | `rocm` | AMD GPUs: `rocm:0` |
+
+mod chat;
+mod device;
+mod error;
+mod files;
+mod nexus;
+mod options;
+mod progress;
+mod reply;
+mod session;
+mod stages;
+
+pub use burn::tensor::{Device, FloatDType};
+pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};
+pub use device::{DeviceError, device, devices};
+pub use error::Error;
+pub use files::ModelFiles;
+pub use nexus::{Loader, Nexus};
+pub use nexus_ar::{GenerationConfig, ImagePass, PositionsAfterImage, SamplingOptions};
+pub use nexus_core::{GridThw, ImageEmbeds};
+pub use nexus_data::{Image, ImageLimits, Language, Message, Part, Role};
+pub use nexus_diffusion::Noise;
+pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, TextOptions};
+pub use progress::{Observer, Progress, Stage};
+pub use reply::{Picture, Reply};
+pub use session::{Images, Session};
+pub use stages::Residency;
+
+pub use nexus_ar as ar;
+pub use nexus_core as core;
+pub use nexus_data as data;
+pub use nexus_diffusion as diffusion;
+pub use nexus_vision_encoder as vision_encoder;

@@ -1,0 +1,337 @@
+//! The stages of the model: which are in memory, how they are loaded, and what each does with its input.
+
+use std::{ops::ControlFlow, path::Path};
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use nexus_ar::{ArConfig, ArModel};
+use nexus_core::{
+    ImageEmbeds,
+    checkpoint::{Checkpoint, LoadOptions, check_module},
+};
+use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
+use nexus_diffusion::{
+    Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,
+    GenerationDecoder, LatentSize, T5Encoder, Tiling,
+    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig, T5Config},
+    weights,
+};
+use nexus_vision_encoder::{VisionConfig, VisionEncoder};
+use serde::{Deserialize, Serialize};
+
+use crate::{DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage, session::emit};
+
+/// Which stages stay in memory between requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residency {
+    /// Every stage stays once it has been used; the text encoders never do.
+    #[default]
+    KeepAll,
+    /// A stage is freed before the next one is loaded.
+    OneStageAtATime,
+}
+
+/// Files, settings, and the stages that are in memory.
+pub(crate) struct Stages {
+    pub(crate) files: ModelFiles,
+    pub(crate) compute_dtype: FloatDType,
+    config: ArConfig,
+    vision_config: VisionConfig,
+    language_model: Checkpoint,
+    device: Device,
+    options: LoadOptions,
+    residency: Residency,
+    vision_encoder: Option<VisionEncoder>,
+    ar: Option<ArModel>,
+    generation_decoder: Option<GenerationDecoder>,
+    editing_decoder: Option<EditingDecoder>,
+    autoencoder: Option<Autoencoder>,
+    empty_prompt: Option<Tensor<2>>,
+    negative_prompt: Option<(String, Branch)>,
+}
+
+impl Stages {
+    /// Opens the language model's files and checks all files that are there; loads nothing.
+    pub(crate) fn open(
+        files: ModelFiles,
+        config: ArConfig,
+        device: &Device,
+        options: LoadOptions,
+        compute_dtype: FloatDType,
+        residency: Residency,
+    ) -> Result<Self, Error> {
+        let vision_config = VisionConfig::read(files.config())?;
+        let language_model = files.open_language_model()?;
+        let stages = Self {
+            files,
+            compute_dtype,
+            config,
+            vision_config,
+            language_model,
+            device: device.clone(),
+            options,
+            residency,
+            vision_encoder: None,
+            ar: None,
+            generation_decoder: None,
+            editing_decoder: None,
+            autoencoder: None,
+            empty_prompt: None,
+            negative_prompt: None,
+        };
+        stages.check()?;
+        Ok(stages)
+    }
+
+    /// Compares names, shapes and dtypes of every file that is there with the modules, without loading weights.
+    fn check(&self) -> Result<(), Error> {
+        let (device, options) = (&self.device, &self.options);
+        let vision_encoder = VisionEncoder::new(&self.vision_config, device);
+        check_module(&vision_encoder, &self.language_model, &nexus_vision_encoder::NAMES, options)?;
+        check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, options)?;
+        if let Ok(path) = self.files.generation_decoder() {
+            let decoder = GenerationDecoder::new(&self.diffusion_config(&path)?, device);
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
+        }
+        if let Ok(path) = self.files.edit_decoder() {
+            let decoder = EditingDecoder::new(&self.diffusion_config(&path)?, device);
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
+        }
+        if let Ok(path) = self.files.autoencoder() {
+            let autoencoder = Autoencoder::new(&AutoencoderConfig::read_beside(&self.files.flux)?, device);
+            check_module(&autoencoder, &Checkpoint::open(path)?, &weights::AUTOENCODER, options)?;
+        }
+        if let Ok(dir) = self.files.text_encoder() {
+            let clip = ClipTextEncoder::new(&ClipConfig::read(&dir.join("config.json"))?, device);
+            check_module(&clip, &Checkpoint::open(dir)?, &weights::CLIP, options)?;
+        }
+        if let Ok(dir) = self.files.text_encoder_2() {
+            let t5 = T5Encoder::new(&T5Config::read(&dir.join("config.json"))?, device);
+            check_module(&t5, &Checkpoint::open(dir)?, &weights::T5, options)?;
+        }
+        Ok(())
+    }
+
+    /// Sizes of a decoder: those that lie beside its weights, or the released ones.
+    fn diffusion_config(&self, decoder: &Path) -> Result<DiffusionConfig, Error> {
+        let dir = decoder.parent().unwrap_or(&self.files.nexus);
+        let config =
+            DiffusionConfig { merger: MergerConfig::read(&self.files.config())?, dit: DitConfig::read_beside(dir)? };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Frees every stage.
+    pub(crate) fn unload(&mut self) {
+        self.vision_encoder = None;
+        self.ar = None;
+        self.generation_decoder = None;
+        self.editing_decoder = None;
+        self.autoencoder = None;
+        self.device.memory_cleanup();
+    }
+
+    fn announce(&mut self, stage: Stage, observer: &mut Observer<'_>) -> Result<(), Error> {
+        if self.residency == Residency::OneStageAtATime {
+            self.unload();
+        }
+        emit(observer, Progress::Loading(stage))
+    }
+
+    pub(crate) fn vision_encoder(&mut self, observer: &mut Observer<'_>) -> Result<&VisionEncoder, Error> {
+        let loaded = match self.vision_encoder.take() {
+            Some(loaded) => loaded,
+            None => {
+                self.announce(Stage::VisionEncoder, observer)?;
+                VisionEncoder::load(&self.vision_config, &self.language_model, &self.options, &self.device)?
+            }
+        };
+        Ok(self.vision_encoder.insert(loaded))
+    }
+
+    pub(crate) fn ar(&mut self, observer: &mut Observer<'_>) -> Result<&ArModel, Error> {
+        let loaded = match self.ar.take() {
+            Some(loaded) => loaded,
+            None => {
+                self.announce(Stage::Ar, observer)?;
+                ArModel::load(&self.config, &self.language_model, &self.options, &self.device)?
+            }
+        };
+        Ok(self.ar.insert(loaded))
+    }
+
+    fn generation_decoder(&mut self, observer: &mut Observer<'_>) -> Result<&GenerationDecoder, Error> {
+        let loaded = match self.generation_decoder.take() {
+            Some(loaded) => loaded,
+            None => {
+                let path = self.files.generation_decoder()?;
+                self.announce(Stage::GenerationDecoder, observer)?;
+                let config = self.diffusion_config(&path)?;
+                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+            }
+        };
+        Ok(self.generation_decoder.insert(loaded))
+    }
+
+    fn editing_decoder(&mut self, observer: &mut Observer<'_>) -> Result<&EditingDecoder, Error> {
+        let loaded = match self.editing_decoder.take() {
+            Some(loaded) => loaded,
+            None => {
+                let path = self.files.edit_decoder()?;
+                self.announce(Stage::EditingDecoder, observer)?;
+                let config = self.diffusion_config(&path)?;
+                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+            }
+        };
+        Ok(self.editing_decoder.insert(loaded))
+    }
+
+    fn autoencoder(&mut self, observer: &mut Observer<'_>) -> Result<&Autoencoder, Error> {
+        let loaded = match self.autoencoder.take() {
+            Some(loaded) => loaded,
+            None => {
+                let path = self.files.autoencoder()?;
+                self.announce(Stage::Autoencoder, observer)?;
+                let config = AutoencoderConfig::read_beside(&self.files.flux)?;
+                Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+            }
+        };
+        Ok(self.autoencoder.insert(loaded))
+    }
+
+    /// Embeddings of images, each encoded on its own; none without loading anything.
+    pub(crate) fn encode(
+        &mut self,
+        images: Vec<Patches>,
+        observer: &mut Observer<'_>,
+    ) -> Result<Vec<ImageEmbeds>, Error> {
+        images.into_iter().map(|patches| self.encode_one(patches, observer)).collect()
+    }
+
+    pub(crate) fn encode_one(&mut self, patches: Patches, observer: &mut Observer<'_>) -> Result<ImageEmbeds, Error> {
+        let (device, dtype) = (self.device.clone(), self.compute_dtype);
+        let encoder = self.vision_encoder(observer)?;
+        emit(observer, Progress::Running(Stage::VisionEncoder))?;
+        let grid = patches.grid;
+        let values = encoder.encode(patches.into_tensor(&device).cast(dtype), &[grid])?.remove(0).values;
+        Ok(ImageEmbeds::new(values, grid)?)
+    }
+
+    /// Draws latents from embeddings.
+    pub(crate) fn denoise(
+        &mut self,
+        embeds: &ImageEmbeds,
+        with: DrawWith<'_>,
+        size: LatentSize,
+        options: &DrawOptions,
+        observer: &mut Observer<'_>,
+    ) -> Result<Tensor<4>, Error> {
+        let denoise = options.denoise();
+        let pooled = self.empty_prompt(observer)?;
+        let negative = match denoise.uses_negative_branch() {
+            true => Some(self.negative_prompt(&options.negative_prompt, observer)?),
+            false => None,
+        };
+        let (device, dtype) = (self.device.clone(), self.compute_dtype);
+        let cast = |embeds: &ImageEmbeds| ImageEmbeds::new(embeds.values.clone().cast(dtype), embeds.grid);
+        let embeds = cast(embeds)?;
+        let (conditioning, dit, stage) = match with {
+            DrawWith::GenerationDecoder => {
+                let decoder = self.generation_decoder(observer)?;
+                (decoder.condition(&embeds)?, &decoder.dit, Stage::GenerationDecoder)
+            }
+            DrawWith::EditingDecoder { reference } => {
+                let reference = reference.map(cast).transpose()?;
+                let decoder = self.editing_decoder(observer)?;
+                (decoder.condition(&embeds, reference.as_ref(), size)?, &decoder.dit, Stage::EditingDecoder)
+            }
+        };
+        emit(observer, Progress::Running(stage))?;
+        let branches = Branches { positive: Branch { conditioning, pooled }, negative };
+        let denoiser = Denoiser::new(dit, branches, size, &denoise)?;
+        let noise = options.noise.clone().into_latents(dit.latent_channels(), size, dtype, &device)?;
+        let mut state = denoiser.start(noise, None)?;
+        let flow = denoiser
+            .run(&mut state, &mut |event| observer(Progress::Step { done: event.step, total: event.num_steps }));
+        match flow {
+            ControlFlow::Continue(()) => Ok(state.latents),
+            ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+
+    /// Pixels of latents, truncated to 8 bits as in the original.
+    pub(crate) fn decode(
+        &mut self,
+        latents: Tensor<4>,
+        tiled: bool,
+        observer: &mut Observer<'_>,
+    ) -> Result<Image, Error> {
+        let (height, width) = LatentSize::of(&latents).pixels();
+        let autoencoder = self.autoencoder(observer)?;
+        emit(observer, Progress::Running(Stage::Autoencoder))?;
+        let decoded = autoencoder.decode(latents, tiled.then(Tiling::default));
+        let values = decoded.into_data().try_into_vec_as::<f32>().map_err(Error::read)?;
+        Ok(Image::from_decoded(&values, height, width)?)
+    }
+
+    /// Pooled vector of the empty prompt, which the original gives to every positive branch.
+    fn empty_prompt(&mut self, observer: &mut Observer<'_>) -> Result<Tensor<2>, Error> {
+        if let Some(pooled) = &self.empty_prompt {
+            return Ok(pooled.clone());
+        }
+        let pooled = self.clip("", observer)?;
+        Ok(self.empty_prompt.insert(pooled).clone())
+    }
+
+    /// What a negative prompt is to the transformer; the latest one is kept.
+    fn negative_prompt(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Branch, Error> {
+        if let Some((kept, branch)) = &self.negative_prompt
+            && kept == prompt
+        {
+            return Ok(branch.clone());
+        }
+        let pooled = if prompt.is_empty() { self.empty_prompt(observer)? } else { self.clip(prompt, observer)? };
+        let conditioning = Conditioning::without_positions(self.t5(prompt, observer)?);
+        let branch = Branch { conditioning, pooled };
+        self.negative_prompt = Some((prompt.to_string(), branch.clone()));
+        Ok(branch)
+    }
+
+    fn clip(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Tensor<2>, Error> {
+        let dir = self.files.text_encoder()?;
+        let config = ClipConfig::read(&dir.join("config.json"))?;
+        let ids = match prompt.is_empty() {
+            true => clip_empty_ids(config.vocab_size, config.max_position_embeddings),
+            false => ClipTokenizer::open(self.files.clip_tokenizer()?)?.encode_padded(prompt)?,
+        };
+        self.announce(Stage::TextEncoders, observer)?;
+        let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.options)?;
+        Ok(clip.pooled(&ids, self.compute_dtype)?)
+    }
+
+    fn t5(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Tensor<3>, Error> {
+        let dir = self.files.text_encoder_2()?;
+        let config = T5Config::read(&dir.join("config.json"))?;
+        let ids = match prompt.is_empty() {
+            true => t5_empty_ids(T5_LEN),
+            false => T5Tokenizer::open(self.files.t5_tokenizer()?)?.encode_padded(prompt)?,
+        };
+        self.announce(Stage::TextEncoders, observer)?;
+        let t5 = T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.options)?;
+        Ok(t5.encode(&ids, self.compute_dtype)?)
+    }
+}
+
+impl DrawOptions {
+    /// The options of the denoising loop.
+    pub(crate) fn denoise(&self) -> DenoiseOptions {
+        DenoiseOptions {
+            num_steps: self.steps,
+            cfg_scale: self.cfg_scale,
+            embedded_guidance: self.embedded_guidance,
+            strength: 1.0,
+            tea_cache_threshold: self.tea_cache,
+            tiling: self.tiled.then(Tiling::default),
+        }
+    }
+}
