@@ -143,7 +143,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::VisionEncoder, observer)?;
-                VisionEncoder::load(&self.vision_config, &self.language_model, &self.options, &self.device)?
+                VisionEncoder::load(&self.language_model, &self.vision_config, &self.device, &self.options)?
             }
         };
         Ok(self.vision_encoder.insert(loaded))
@@ -154,7 +154,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::Ar, observer)?;
-                ArModel::load(&self.config, &self.language_model, &self.options, &self.device)?
+                ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?
             }
         };
         Ok(self.ar.insert(loaded))

@@ -15,7 +15,7 @@
 //! let device = Device::default();
 //! let config = ArConfig::read("models/Nexus-GenV2/config.json")?;
 //! let checkpoint = Checkpoint::open("models/Nexus-GenV2")?;
-//! let model = ArModel::load(&config, &checkpoint, &LoadOptions::default(), &device)?;
+//! let model = ArModel::load(&checkpoint, &config, &device, &LoadOptions::default())?;
 //! let prompt = Prompt { token_ids: &[151644, 872, 198], images: &[] };
 //! let options = GenerateOptions::default();
 //! let generation = generate(&model, prompt, &options, &mut |_event| ControlFlow::Continue(()))?;

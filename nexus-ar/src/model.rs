@@ -74,10 +74,10 @@ impl ArModel {
     /// [`ArError::Config`] if the sizes are incoherent, [`ArError::Checkpoint`] if a weight is missing, left over, or of
     /// another shape or dtype.
     pub fn load(
-        config: &ArConfig,
         checkpoint: &Checkpoint,
-        options: &LoadOptions,
+        config: &ArConfig,
         device: &Device,
+        options: &LoadOptions,
     ) -> Result<Self, ArError> {
         Ok(load_module(Self::new(config, device)?, checkpoint, &NAMES, options)?)
     }

@@ -1,7 +1,7 @@
 //! For the tests of all nexus crates: a CPU device, fixtures, and comparisons that fail on NaN.
 //!
 //! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `tools/parity`.
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs)]
 
 use std::path::{Path, PathBuf};
 
@@ -115,6 +115,7 @@ pub fn relative_drift(actual: &[f32], expected: &[f32]) -> f32 {
 pub fn assert_close<const D: usize>(actual: &Tensor<D>, expected: &[f32], tolerance: f32) {
     let actual = actual.to_data().try_into_vec_as::<f32>().unwrap();
     let drift = relative_drift(&actual, expected);
+    println!("{}: drift {drift:.1e}", std::panic::Location::caller());
     assert!(drift <= tolerance, "drift {drift:e} is over {tolerance:e}");
 }
 

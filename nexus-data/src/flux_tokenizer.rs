@@ -166,3 +166,135 @@ impl T5Tokenizer {
         Ok(ids)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// Writes a CLIP tokenizer with three merges: bytes, bytes at the end of a word, merges, begin, end.
+    fn write_clip(dir: &Path, without: &str) -> BTreeMap<String, u32> {
+        let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let bytes = alphabet.iter().map(char::to_string);
+        let ends = alphabet.iter().map(|byte| format!("{byte}</w>"));
+        let rest = ["ca", "cat</w>", "'s</w>", CLIP_BOS, CLIP_EOS].map(str::to_string);
+        let tokens = bytes.chain(ends).chain(rest).filter(|token| token != without);
+        let vocab: BTreeMap<String, u32> = tokens.zip(0..).collect();
+        std::fs::write(dir.join("vocab.json"), serde_json::to_string(&vocab).unwrap()).unwrap();
+        std::fs::write(dir.join("merges.txt"), "#version: 0.2\nc a\nca t</w>\n' s</w>\n").unwrap();
+        vocab
+    }
+
+    #[test]
+    fn clip_splits_words_and_pads_with_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let vocab = write_clip(dir.path(), "");
+        let clip = ClipTokenizer::open(dir.path()).unwrap();
+        for (text, tokens) in [
+            ("", &[][..]),
+            (" \n", &[]),
+            ("A CAT's  cats", &["a</w>", "cat</w>", "'s</w>", "ca", "t", "s</w>"]),
+            ("12 é", &["1</w>", "2</w>", "Ã", "©</w>"]),
+            ("e\u{301}!?", &["Ã", "©</w>", "!", "?</w>"]),
+            ("猫犬", &["ç", "Į", "«", "ç", "Ĭ", "¬</w>"]),
+            ("a<|endoftext|>b", &["a</w>", CLIP_EOS, "b</w>"]),
+        ] {
+            let mut expected = vec![vocab[CLIP_BOS]];
+            expected.extend(tokens.iter().map(|&token| vocab[token]));
+            expected.resize(77, vocab[CLIP_EOS]);
+            assert_eq!(clip.encode_padded(text).unwrap(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn clip_cuts_a_long_text_before_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let vocab = write_clip(dir.path(), "");
+        let ids = ClipTokenizer::open(dir.path()).unwrap().encode_padded(&"cat ".repeat(100)).unwrap();
+        assert_eq!(ids.len(), CLIP_LEN);
+        assert_eq!(ids[0], vocab[CLIP_BOS]);
+        assert!(ids[1..76].iter().all(|&id| id == vocab["cat</w>"]));
+        assert_eq!(ids[76], vocab[CLIP_EOS]);
+    }
+
+    #[test]
+    fn clip_reads_tokenizer_json_too() {
+        let dir = tempfile::tempdir().unwrap();
+        write_clip(dir.path(), "");
+        let from_parts = ClipTokenizer::open(dir.path()).unwrap();
+        from_parts.inner.save(dir.path().join("tokenizer.json"), false).unwrap();
+        std::fs::remove_file(dir.path().join("vocab.json")).unwrap();
+        let from_json = ClipTokenizer::open(dir.path()).unwrap();
+        let text = "A cat's <|endoftext|> 猫 12";
+        assert_eq!(from_json.encode_padded(text).unwrap(), from_parts.encode_padded(text).unwrap());
+    }
+
+    #[test]
+    fn empty_texts_need_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let vocab = write_clip(dir.path(), "");
+        let clip = ClipTokenizer::open(dir.path()).unwrap();
+        assert_eq!(clip_empty_ids(vocab.len(), CLIP_LEN), clip.encode_padded("").unwrap());
+        assert_eq!(clip_empty_ids(49_408, 3), [49_406, 49_407, 49_407]);
+        assert_eq!(t5_empty_ids(4), [1, 0, 0, 0]);
+        assert!(clip_empty_ids(10, 0).is_empty() && t5_empty_ids(0).is_empty());
+    }
+
+    #[test]
+    fn an_unusable_clip_folder_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || ClipTokenizer::open(dir.path()).map(|_| ());
+        assert!(matches!(open(), Err(DataError::TokenizerMissing { path }) if path.ends_with("vocab.json")));
+        write_clip(dir.path(), CLIP_BOS);
+        assert!(matches!(open(), Err(DataError::SpecialTokenMissing { token: CLIP_BOS, .. })));
+        std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\nno pair here\n").unwrap();
+        assert!(matches!(open(), Err(DataError::TokenizerInvalid { .. })));
+        std::fs::remove_file(dir.path().join("merges.txt")).unwrap();
+        assert!(matches!(open(), Err(DataError::TokenizerMissing { path }) if path.ends_with("merges.txt")));
+        std::fs::write(dir.path().join("tokenizer.json"), "{").unwrap();
+        assert!(matches!(open(), Err(DataError::TokenizerInvalid { .. })));
+    }
+
+    fn write_t5(dir: &Path, eos: &str) {
+        let vocab = json!([["<pad>", 0.0], [eos, 0.0], ["<unk>", -9.0], ["▁a", -1.0], ["b", -2.0], ["▁", -3.0]]);
+        let file = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": {"type": "NFKC"},
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+            "post_processor": null, "decoder": null,
+            "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": false}});
+        std::fs::write(dir.join("tokenizer.json"), file.to_string()).unwrap();
+    }
+
+    #[test]
+    fn t5_appends_the_end_and_pads() {
+        let dir = tempfile::tempdir().unwrap();
+        write_t5(dir.path(), T5_EOS);
+        let t5 = T5Tokenizer::open(dir.path()).unwrap();
+        let ids = t5.encode_padded("ab b").unwrap();
+        assert_eq!(ids.len(), T5_LEN);
+        assert_eq!(ids[..7], [3, 4, 5, 4, 1, 0, 0]);
+        assert_eq!(t5.encode_padded("").unwrap(), t5_empty_ids(T5_LEN));
+        let long = t5.encode_padded(&"a ".repeat(600)).unwrap();
+        assert_eq!(long.len(), T5_LEN);
+        assert_eq!(long[509..], [3, 3, 1]);
+    }
+
+    #[test]
+    fn an_unusable_t5_folder_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || T5Tokenizer::open(dir.path()).map(|_| ());
+        assert!(matches!(open(), Err(DataError::TokenizerMissing { .. })));
+        std::fs::write(dir.path().join("spiece.model"), "x").unwrap();
+        let error = open().unwrap_err();
+        assert!(matches!(&error, DataError::SentencePieceOnly { path } if path.ends_with("spiece.model")));
+        assert!(error.to_string().contains("tokenizer.json"));
+        std::fs::write(dir.path().join("tokenizer.json"), "[]").unwrap();
+        assert!(matches!(open(), Err(DataError::TokenizerInvalid { .. })));
+        write_t5(dir.path(), "<end>");
+        assert!(matches!(open(), Err(DataError::SpecialTokenMissing { token: T5_EOS, .. })));
+    }
+}

@@ -1,19 +1,8 @@
-//! Pictures: image files and buffers -> [`Image`], 8-bit RGB in memory -> image files.
-//!
-//! Pixels are what Pillow's `Image.open(..).convert("RGB")` gives: EXIF orientation is not applied, colour profiles are
-//! ignored, palettes are looked up, and of an animation the first frame counts. Two differences are known: 16-bit grey
-//! keeps its high byte, where Pillow saturates, and JPEG and lossy WebP are decoded by another library, which may round
-//! a value differently.
+//! Pictures in memory: buffers of bytes or floats -> [`Image`], 8-bit RGB with what is known of its alpha channel.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
-
-use crate::error::{BoxedSource, DataError};
-
-/// Quality of the JPEG files that [`Image::save`] writes, of 100.
-const JPEG_QUALITY: u8 = 95;
+use crate::error::DataError;
 
 /// A picture of 8-bit RGB pixels; cheap to clone.
 ///
@@ -40,58 +29,7 @@ pub enum Alpha {
     OnWhite,
 }
 
-/// What is refused before it is decoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(default)]
-pub struct ImageLimits {
-    /// Largest width and height, in pixels.
-    pub max_side_px: usize,
-    /// Largest area, in pixels.
-    pub max_pixels: usize,
-    /// Largest file, in bytes.
-    pub max_file_bytes: u64,
-}
-
-impl Default for ImageLimits {
-    /// Pillow's limit of 179 million pixels, and files of 256 MiB.
-    fn default() -> Self {
-        Self { max_side_px: 65_535, max_pixels: 178_956_970, max_file_bytes: 256 << 20 }
-    }
-}
-
 impl Image {
-    /// Reads a PNG, JPEG, WebP, BMP or GIF file, within the default [`ImageLimits`]. The content decides, not the name.
-    ///
-    /// # Errors
-    /// As [`Image::open_with`].
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, DataError> {
-        Self::open_with(path, &ImageLimits::default())
-    }
-
-    /// Reads an image file within limits.
-    ///
-    /// # Errors
-    /// [`DataError::ImageMissing`] or [`DataError::ImageRead`] if there is no readable file;
-    /// [`DataError::ImageFileTooLarge`] or [`DataError::ImageTooLarge`] if it is over a limit;
-    /// [`DataError::NotAnImage`], [`DataError::ImageDecode`], [`DataError::ImageTruncated`] or
-    /// [`DataError::ImageEmpty`] if its content is not a whole image.
-    pub fn open_with(path: impl AsRef<Path>, limits: &ImageLimits) -> Result<Self, DataError> {
-        let path = path.as_ref();
-        let bytes = read_within(path, limits.max_file_bytes).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => DataError::ImageMissing { path: path.to_path_buf() },
-            _ => DataError::ImageRead { path: path.to_path_buf(), source },
-        })?;
-        decode(&bytes, Some(path), limits)
-    }
-
-    /// Decodes the bytes of an image file, within the default [`ImageLimits`].
-    ///
-    /// # Errors
-    /// As [`Image::open_with`], without the errors of files.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DataError> {
-        decode(bytes, None, &ImageLimits::default())
-    }
-
     /// Takes a buffer of RGB pixels, `[height, width, 3]`, row by row.
     ///
     /// # Errors
@@ -165,49 +103,6 @@ impl Image {
         };
         Self { rgb, alpha: None, ..*self }
     }
-
-    /// Writes a `.png` (lossless, with the alpha channel if there is one) or a `.jpg`/`.jpeg` file.
-    ///
-    /// The file appears whole or not at all: it is written under another name in the same folder first.
-    ///
-    /// # Errors
-    /// [`DataError::ImageExtension`] if the name has another extension; [`DataError::ImageWrite`] if it cannot be
-    /// written.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), DataError> {
-        let path = path.as_ref();
-        let extension = path.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
-        let encoded = match extension.as_deref() {
-            Some("png") => self.encode_png(),
-            Some("jpg" | "jpeg") => self.encode_jpeg(),
-            _ => return Err(DataError::ImageExtension { path: path.to_path_buf() }),
-        };
-        let written =
-            encoded.map_err(BoxedSource::from).and_then(|bytes| write_whole(path, &bytes).map_err(Into::into));
-        written.map_err(|source| DataError::ImageWrite { path: path.to_path_buf(), source })
-    }
-
-    fn encode_png(&self) -> Result<Vec<u8>, image::ImageError> {
-        let mut bytes = Vec::new();
-        let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
-        let (width, height) = (self.width_px as u32, self.height_px as u32);
-        match &self.alpha {
-            None => image::ImageEncoder::write_image(encoder, &self.rgb, width, height, ColorType::Rgb8.into())?,
-            Some(alpha) => {
-                let pixels = self.rgb.chunks_exact(3).zip(alpha.iter());
-                let rgba: Vec<u8> = pixels.flat_map(|(p, &alpha)| [p[0], p[1], p[2], alpha]).collect();
-                image::ImageEncoder::write_image(encoder, &rgba, width, height, ColorType::Rgba8.into())?;
-            }
-        }
-        Ok(bytes)
-    }
-
-    fn encode_jpeg(&self) -> Result<Vec<u8>, image::ImageError> {
-        let mut bytes = Vec::new();
-        let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY);
-        let (width, height) = (self.width_px as u32, self.height_px as u32);
-        image::ImageEncoder::write_image(encoder, &self.rgb, width, height, ColorType::Rgb8.into())?;
-        Ok(bytes)
-    }
 }
 
 impl std::fmt::Debug for Image {
@@ -236,120 +131,45 @@ fn check_length(width_px: usize, height_px: usize, channels: usize, found: usize
     Ok(())
 }
 
-/// Reads a file, and one byte more than allowed at most.
-fn read_within(path: &Path, max_bytes: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, max_bytes.saturating_add(1)), &mut bytes)?;
-    Ok(bytes)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn decode(bytes: &[u8], path: Option<&Path>, limits: &ImageLimits) -> Result<Image, DataError> {
-    let path = || path.map(Path::to_path_buf);
-    if bytes.len() as u64 > limits.max_file_bytes {
-        return Err(DataError::ImageFileTooLarge { path: path(), max_bytes: limits.max_file_bytes });
+    /// `bg = Image.new("RGB", im.size, (255, 255, 255)); bg.paste(im, mask=im.split()[3])` with Pillow 13.
+    #[test]
+    fn white_shows_through_as_with_pillow() {
+        let rgba = [10, 20, 30, 0, 10, 20, 30, 1, 10, 20, 30, 128, 200, 100, 0, 254, 7, 8, 9, 255];
+        let image = Image::from_rgba8(5, 1, &rgba).unwrap();
+        let on_white = image.to_rgb(Alpha::OnWhite);
+        assert_eq!(on_white.rgb(), [255, 255, 255, 254, 254, 254, 132, 137, 142, 200, 101, 1, 7, 8, 9]);
+        let dropped = image.to_rgb(Alpha::Drop);
+        assert_eq!(dropped.rgb(), [10, 20, 30, 10, 20, 30, 10, 20, 30, 200, 100, 0, 7, 8, 9]);
+        assert_eq!((on_white.alpha(), dropped.alpha()), (None, None));
+        assert_eq!(image.alpha().unwrap(), [0, 1, 128, 254, 255]);
     }
-    let failed = |source: image::ImageError| decode_error(source, path());
-    let mut reader = ImageReader::new(std::io::Cursor::new(bytes));
-    let format = image::guess_format(bytes).map_err(|_| DataError::NotAnImage { path: path() })?;
-    if !format.reading_enabled() {
-        return Err(DataError::NotAnImage { path: path() });
-    }
-    reader.set_format(format);
-    // The size is in the header and is checked here; the codec's own limit would hide it.
-    reader.no_limits();
-    let decoder = reader.into_decoder().map_err(failed)?;
-    let (width, height) = decoder.dimensions();
-    let (width_px, height_px) = (width as usize, height as usize);
-    if width_px == 0 || height_px == 0 {
-        return Err(DataError::ImageEmpty { width_px, height_px });
-    }
-    let ImageLimits { max_side_px, max_pixels, .. } = *limits;
-    let area = width_px.saturating_mul(height_px);
-    if width_px > max_side_px || height_px > max_side_px || area > max_pixels {
-        return Err(DataError::ImageTooLarge { path: path(), width_px, height_px, max_side_px, max_pixels });
-    }
-    // The JPEG codec fills what is missing with grey.
-    if format == ImageFormat::Jpeg && !has_end_of_jpeg(bytes) {
-        return Err(DataError::ImageTruncated { path: path() });
-    }
-    let keeps_alpha = match format {
-        ImageFormat::Png => is_rgba_png(bytes),
-        ImageFormat::Gif => false,
-        _ => true,
-    };
-    let pixels = DynamicImage::from_decoder(decoder).map_err(failed)?;
-    if keeps_alpha && pixels.color().has_alpha() {
-        Image::from_rgba8(width_px, height_px, &to_8_bit(pixels).into_rgba8())
-    } else {
-        Image::from_rgb8(width_px, height_px, to_8_bit(pixels).into_rgb8().into_raw())
-    }
-}
 
-fn decode_error(source: image::ImageError, path: Option<PathBuf>) -> DataError {
-    match source {
-        image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            DataError::ImageTruncated { path }
-        }
-        source => DataError::ImageDecode { path, source: source.into() },
+    #[test]
+    fn decoded_pictures_are_clipped_and_truncated() {
+        // torch: ((x / 2 + 0.5).clip(0, 1) * 255).to(torch.uint8)
+        let values = [-2.0, -1.0, -0.999, 0.0, 0.5, 0.9999, 1.0, 3.0, 0.003_92, -0.003_93, 0.1, 0.2];
+        let image = Image::from_decoded(&values, 2, 2).unwrap();
+        // Channels come last now.
+        assert_eq!(image.rgb(), [0, 191, 127, 0, 254, 126, 0, 255, 140, 127, 255, 153]);
     }
-}
 
-/// Keeps the high byte of 16-bit channels; the codec's own conversion would round.
-fn to_8_bit(pixels: DynamicImage) -> DynamicImage {
-    fn high_bytes<P, Q>(from: image::ImageBuffer<P, Vec<u16>>) -> image::ImageBuffer<Q, Vec<u8>>
-    where
-        P: image::Pixel<Subpixel = u16>,
-        Q: image::Pixel<Subpixel = u8>,
-    {
-        let (width, height) = from.dimensions();
-        let bytes = from.into_raw().into_iter().map(|value| (value >> 8) as u8).collect();
-        // Both buffers have the same size and number of channels.
-        image::ImageBuffer::from_raw(width, height, bytes).unwrap_or_default()
+    #[test]
+    fn decoded_pictures_with_nan_are_refused() {
+        let result = Image::from_decoded(&[0.0, f32::NAN, f32::INFINITY], 1, 1);
+        assert!(matches!(result, Err(DataError::NotFinite { count: 2 })));
+        let result = Image::from_decoded(&[0.0; 4], 1, 1);
+        assert!(matches!(result, Err(DataError::BufferLength { found: 4, .. })));
     }
-    match pixels {
-        DynamicImage::ImageLuma16(pixels) => DynamicImage::ImageLuma8(high_bytes(pixels)),
-        DynamicImage::ImageLumaA16(pixels) => DynamicImage::ImageLumaA8(high_bytes(pixels)),
-        DynamicImage::ImageRgb16(pixels) => DynamicImage::ImageRgb8(high_bytes(pixels)),
-        DynamicImage::ImageRgba16(pixels) => DynamicImage::ImageRgba8(high_bytes(pixels)),
-        pixels => pixels,
-    }
-}
 
-/// Whether Pillow opens this PNG in mode RGBA; grey with alpha, palettes and colour keys it does not composite.
-fn is_rgba_png(bytes: &[u8]) -> bool {
-    // Bit depth and colour type in the header chunk.
-    matches!(bytes.get(24..26), Some([_, 6] | [16, 4]))
-}
-
-/// Whether the scans of a JPEG file are followed by the end-of-image marker.
-fn has_end_of_jpeg(bytes: &[u8]) -> bool {
-    let (start_of_scan, end_of_image) = (0xDA, 0xD9);
-    let mut at = 2;
-    let mut in_scan = false;
-    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
-        let stuffed_or_restart = matches!(marker, 0x00 | 0xD0..=0xD7);
-        if first != 0xFF || marker == 0xFF || (in_scan && stuffed_or_restart) {
-            at += 1;
-        } else if marker == end_of_image {
-            return true;
-        } else {
-            let Some(&[high, low]) = bytes.get(at + 2..at + 4) else { return false };
-            at += 2 + usize::from(u16::from_be_bytes([high, low]));
-            in_scan = marker == start_of_scan;
-        }
+    #[test]
+    fn buffers_must_fit_their_size() {
+        assert!(matches!(Image::from_rgb8(0, 3, vec![]), Err(DataError::ImageEmpty { width_px: 0, height_px: 3 })));
+        assert!(matches!(Image::from_rgb8(2, 2, vec![0; 11]), Err(DataError::BufferLength { found: 11, .. })));
+        assert!(matches!(Image::from_rgba8(2, 2, &[0; 12]), Err(DataError::BufferLength { found: 12, .. })));
+        assert!(matches!(Image::from_rgb8(usize::MAX, 2, vec![]), Err(DataError::BufferLength { .. })));
     }
-    false
-}
-
-/// Writes a file under another name in the same folder, then renames it.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-    let written = std::fs::write(&beside, bytes).and_then(|()| std::fs::rename(&beside, path));
-    if written.is_err() {
-        // The first error is the one to report; the leftover may not exist.
-        std::fs::remove_file(&beside).ok();
-    }
-    written
 }

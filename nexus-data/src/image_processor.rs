@@ -122,7 +122,7 @@ impl Default for ImageProcessor {
     fn default() -> Self {
         Self {
             mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-            std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+            std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
             min_pixels: MIN_PIXELS,
             max_pixels: MAX_PIXELS_PROCESSOR,
         }
@@ -281,6 +281,9 @@ fn patch_corners(grid: GridThw) -> impl Iterator<Item = (usize, usize)> {
 /// more than 200 times the other.
 pub fn decoder_image(image: &Image, width_px: usize, height_px: usize) -> Result<Vec<f32>, DataError> {
     check_aspect_ratio(image.height_px(), image.width_px())?;
+    if width_px == 0 || height_px == 0 {
+        return Err(DataError::ImageEmpty { width_px, height_px });
+    }
     let (width, height) = (image.width_px() as f64, image.height_px() as f64);
     let scale = (width_px as f64 / width).max(height_px as f64 / height);
     let scaled = |side: f64, at_least: usize| ((side * scale).round_ties_even() as usize).max(at_least);
@@ -296,4 +299,185 @@ pub fn decoder_image(image: &Image, width_px: usize, height_px: usize) -> Result
         }
     }
     Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use nexus_core::testing::cpu;
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    fn image(width: usize, height: usize) -> Image {
+        Image::from_rgb8(width, height, (0..width * height * 3).map(|i| (i * 37) as u8).collect()).unwrap()
+    }
+
+    fn sha256(values: &[f32]) -> String {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn sizes_are_rounded_half_to_even_and_bounded() {
+        // smart_resize(height, width, 28, 3136, max_pixels) of qwen_vl_utils 0.0.8
+        for (height, width, max_pixels, expected) in [
+            (42, 70, MAX_PIXELS_AR, (56, 56)),
+            (14, 28, MAX_PIXELS_AR, (56, 84)),
+            (98, 126, MAX_PIXELS_AR, (112, 112)),
+            (2000, 1920, MAX_PIXELS_AR, (504, 476)),
+            (1, 200, MAX_PIXELS_AR, (28, 196)),
+            (512, 512, MAX_PIXELS_AR, (504, 504)),
+            (10, 10, MAX_PIXELS_AR, (56, 56)),
+            (1080, 1920, MAX_PIXELS_PROCESSOR, (1092, 1932)),
+        ] {
+            assert_eq!(smart_resize(height, width, MIN_PIXELS, max_pixels).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn an_absurd_aspect_ratio_is_refused() {
+        for (height, width) in [(1, 201), (4021, 20), (usize::MAX, 1)] {
+            let result = smart_resize(height, width, MIN_PIXELS, MAX_PIXELS_AR);
+            assert!(matches!(result, Err(DataError::AspectRatio { max_ratio: 200, .. })));
+        }
+        assert!(matches!(decoder_image(&image(1, 201), 8, 8), Err(DataError::AspectRatio { .. })));
+        let bounded = ImageProcessor::default().bound(&image(201, 1), MAX_PIXELS_AR);
+        assert!(matches!(bounded, Err(DataError::AspectRatio { .. })));
+    }
+
+    #[test]
+    fn a_zero_side_is_refused() {
+        let result = smart_resize(0, 28, MIN_PIXELS, MAX_PIXELS_AR);
+        assert!(matches!(result, Err(DataError::ImageEmpty { width_px: 28, height_px: 0 })));
+    }
+
+    #[test]
+    fn an_area_without_room_is_refused() {
+        let result = smart_resize(28, 5000, MIN_PIXELS, 20_000);
+        assert!(matches!(result, Err(DataError::PixelBudget { max_pixels: 20_000, .. })));
+        assert!(matches!(smart_resize(28, 28, MIN_PIXELS, 0), Err(DataError::PixelBudget { .. })));
+    }
+
+    #[test]
+    fn patches_are_in_the_order_of_the_vision_encoder() {
+        let patches = ImageProcessor::default().patches(&image(56, 28)).unwrap();
+        assert_eq!(patches.grid, GridThw { t: 1, h: 2, w: 4 });
+        // Bits of pixel_values[row, column] of Qwen2VLImageProcessor on the same picture.
+        for (row, column, bits) in [
+            (0, 0, 3_219_482_844),
+            (0, 1, 3_190_814_231),
+            (0, 14, 3_208_494_514),
+            (0, 196, 3_219_482_844),
+            (0, 392, 3_214_487_824),
+            (1, 0, 3_217_278_555),
+            (2, 0, 1_071_320_534),
+            (3, 1175, 1_059_766_576),
+            (4, 0, 3_215_074_267),
+            (7, 1175, 1_066_854_212u32),
+        ] {
+            assert_eq!(patches.values[row * PATCH_LEN + column].to_bits(), bits, "row {row}, column {column}");
+        }
+        assert_eq!(sha256(&patches.values), "99ab7c829e88b7bdf731fc14ef5640f1c40ec5a2120b65c745813ab8ce0554f5");
+    }
+
+    #[test]
+    fn patches_of_fixed_size_are_exact() {
+        let processor = ImageProcessor::default();
+        let reference = processor.reference_patches(&image(20, 13)).unwrap();
+        assert_eq!(reference.grid, GridThw::REFERENCE);
+        assert_eq!(sha256(&reference.values), "b585f07fec60d60a226f47b47f1bdcd15acedb360aef3d16036ac0bf4df81e92");
+        let target = processor.target_patches(&image(20, 13)).unwrap();
+        assert_eq!(target.grid, GridThw::GENERATED);
+        assert_eq!(sha256(&target.values), "feb1c4c7eb5d7db67c6bfd3e46d0922566f07d860fd570131fdb5e5d3dc91923");
+    }
+
+    #[test]
+    fn a_tensor_has_one_row_per_patch() {
+        let patches = ImageProcessor::default().patches(&image(56, 28)).unwrap();
+        let values = patches.values.clone();
+        let tensor = patches.into_tensor(&cpu());
+        assert_eq!(tensor.dims(), [8, 1176]);
+        assert_eq!(tensor.into_data().try_to_vec::<f32>().unwrap(), values);
+    }
+
+    #[test]
+    fn an_image_must_be_bounded_before_it_is_cut() {
+        let processor = ImageProcessor::default();
+        assert!(matches!(processor.patches(&image(30, 28)), Err(DataError::Grid(_))));
+        let bounded = processor.bound(&image(30, 28), MAX_PIXELS_AR).unwrap();
+        assert_eq!((bounded.width_px(), bounded.height_px()), (84, 56));
+        assert!(processor.patches(&bounded).is_ok());
+    }
+
+    #[test]
+    fn the_middle_is_cut_out_for_the_autoencoder() {
+        // torch.tensor bits of the covering 3x2 crop, BILINEAR, (x / 255 - 0.5) / 0.5
+        let expected = [
+            3_200_434_882u32,
+            3_184_052_424,
+            1_043_641_528,
+            1_041_536_152,
+            3_176_190_160,
+            3_186_157_800,
+            3_182_999_736,
+            3_197_276_818,
+            3_168_854_240,
+            1_032_358_032,
+            1_028_706_528,
+            1_010_876_672,
+            1_033_410_720,
+            3_178_295_536,
+            3_194_283_236,
+            3_158_360_256,
+            3_174_084_784,
+            3_179_841_672,
+        ];
+        let values = decoder_image(&image(5, 4), 3, 2).unwrap();
+        assert_eq!(values.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), expected);
+        assert!(matches!(decoder_image(&image(5, 4), 0, 2), Err(DataError::ImageEmpty { .. })));
+    }
+
+    fn from_json(json: &str) -> Result<ImageProcessor, DataError> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("preprocessor_config.json"), json).unwrap();
+        ImageProcessor::open(dir.path())
+    }
+
+    #[test]
+    fn a_config_changes_what_it_names() {
+        assert_eq!(from_json("{}").unwrap(), ImageProcessor::default());
+        let json = r#"{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1], "max_pixels": 20000, "patch_size": 14,
+            "temporal_patch_size": 2, "merge_size": 2, "do_resize": true}"#;
+        let expected = ImageProcessor { mean: [0.5; 3], std: [1.0; 3], min_pixels: MIN_PIXELS, max_pixels: 20_000 };
+        assert_eq!(from_json(json).unwrap(), expected);
+        let json = r#"{"size": {"shortest_edge": 784, "longest_edge": 90000}}"#;
+        let processor = from_json(json).unwrap();
+        assert_eq!((processor.min_pixels, processor.max_pixels), (784, 90_000));
+    }
+
+    #[test]
+    fn a_config_is_looked_for_in_the_processor_subfolder() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(ImageProcessor::open(dir.path()).unwrap(), ImageProcessor::default());
+        std::fs::create_dir(dir.path().join("processor")).unwrap();
+        std::fs::write(dir.path().join("processor/preprocessor_config.json"), r#"{"max_pixels": 20000}"#).unwrap();
+        assert_eq!(ImageProcessor::open(dir.path()).unwrap().max_pixels, 20_000);
+    }
+
+    #[test]
+    fn an_unusable_config_is_refused() {
+        for json in [
+            r#"{"patch_size": 16}"#,
+            r#"{"merge_size": 1}"#,
+            r#"{"temporal_patch_size": 1}"#,
+            r#"{"image_std": [0, 1, 1]}"#,
+            r#"{"max_pixels": 100}"#,
+            r#"{"image_mean": [0.5]}"#,
+            "{",
+        ] {
+            assert!(matches!(from_json(json), Err(DataError::Config(_))), "{json}");
+        }
+        let absent = ImageProcessor::open("no/such/preprocessor_config.json");
+        assert!(matches!(absent, Err(DataError::Config(ConfigError::Missing { .. }))));
+    }
 }

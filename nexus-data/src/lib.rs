@@ -21,6 +21,7 @@
 mod error;
 mod flux_tokenizer;
 mod image;
+mod image_file;
 mod image_processor;
 mod message;
 mod processor;
@@ -30,7 +31,8 @@ mod tokenizer;
 
 pub use error::{BoxedSource, DataError};
 pub use flux_tokenizer::{CLIP_LEN, ClipTokenizer, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
-pub use image::{Alpha, Image, ImageLimits};
+pub use image::{Alpha, Image};
+pub use image_file::ImageLimits;
 pub use image_processor::{
     ImageProcessor, MAX_ASPECT_RATIO, MAX_PIXELS_AR, MAX_PIXELS_PROCESSOR, MIN_PIXELS, PATCH_LEN, Patches,
     TEMPORAL_PATCH_SIZE, decoder_image, smart_resize,

@@ -140,3 +140,94 @@ impl Processor {
         Ok(clean_reply(&self.decode(token_ids)?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prompt::edit_prompt;
+    use crate::tokenizer::testing::write_byte_tokenizer;
+
+    fn processor() -> Processor {
+        let dir = tempfile::tempdir().unwrap();
+        write_byte_tokenizer(dir.path(), "");
+        Processor::open(dir.path()).unwrap()
+    }
+
+    fn grey(width: usize, height: usize) -> Image {
+        Image::from_rgb8(width, height, vec![128; 3 * width * height]).unwrap()
+    }
+
+    #[test]
+    fn every_merged_token_has_a_place_in_the_prompt() {
+        let processor = processor();
+        let messages = [
+            Message::text(edit_prompt("Add a hat").unwrap()).with_image(grey(56, 84)),
+            Message::assistant().with_text("Done."),
+            Message::text("And ").with_image(grey(112, 56)),
+        ];
+        let input = processor.process(&messages, true, &ProcessOptions::default()).unwrap();
+        assert_eq!(input.text, render_chat(&messages, true).unwrap());
+        assert_eq!(input.grids(), [GridThw { t: 1, h: 6, w: 4 }, GridThw { t: 1, h: 4, w: 8 }]);
+        let special = processor.tokenizer().special_tokens();
+        let runs: Vec<usize> =
+            input.token_ids.split(|&id| id != special.image).map(<[u32]>::len).filter(|&length| length > 0).collect();
+        assert_eq!(runs, [6, 8]);
+        let decoded = processor.decode(&input.token_ids).unwrap();
+        assert_eq!(decoded, expand_image_pads(&input.text, &input.grids()).unwrap());
+    }
+
+    #[test]
+    fn images_are_bounded_by_the_options() {
+        let processor = processor();
+        let message = Message::user().with_image(grey(600, 300));
+        let grid = |max_pixels| {
+            let options = ProcessOptions { max_pixels, ..Default::default() };
+            processor.process(std::slice::from_ref(&message), true, &options).unwrap().images[0].grid
+        };
+        assert_eq!(grid(MAX_PIXELS_AR), GridThw { t: 1, h: 22, w: 42 });
+        assert_eq!(grid(20_000), GridThw { t: 1, h: 6, w: 14 });
+        let options = ProcessOptions { max_pixels: 10, ..Default::default() };
+        assert!(matches!(processor.process(&[message], true, &options), Err(DataError::PixelBudget { .. })));
+    }
+
+    #[test]
+    fn alpha_follows_the_options() {
+        let processor = processor();
+        let clear = Image::from_rgba8(56, 56, &[0; 4 * 56 * 56]).unwrap();
+        let first_value = |alpha| {
+            let options = ProcessOptions { alpha, ..Default::default() };
+            let message = Message::user().with_image(clear.clone());
+            processor.process(&[message], true, &options).unwrap().images[0].values[0]
+        };
+        assert!(first_value(Alpha::Drop) < 0.0);
+        assert!(first_value(Alpha::OnWhite) > 0.0);
+    }
+
+    #[test]
+    fn a_rendered_prompt_is_taken_word_for_word() {
+        let processor = processor();
+        let options = ProcessOptions::default();
+        let text = "x<|vision_start|><|image_pad|><|vision_end|>";
+        let input = processor.process_text(text, &[grey(56, 56)], &options).unwrap();
+        assert_eq!(input.text, text);
+        assert_eq!(input.token_ids.len(), 1 + 1 + 4 + 1);
+        assert!(matches!(processor.process_text("", &[], &options), Err(DataError::EmptyPrompt)));
+        let result = processor.process_text(text, &[], &options);
+        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 1, images: 0 })));
+        let result = processor.process_text("x", &[grey(56, 56)], &options);
+        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 0, images: 1 })));
+    }
+
+    #[test]
+    fn replies_are_decoded_and_made_readable() {
+        let processor = processor();
+        let ids = processor.tokenizer().encode("Here:<|vision_start|><|image_pad|><|vision_end|>ok<|im_end|>").unwrap();
+        assert_eq!(processor.decode_reply(&ids).unwrap(), "Here:<image>ok");
+    }
+
+    #[test]
+    fn a_folder_without_tokenizer_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Processor::open(dir.path()), Err(DataError::TokenizerMissing { .. })));
+    }
+}

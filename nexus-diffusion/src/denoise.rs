@@ -233,13 +233,7 @@ impl<'a> Denoiser<'a> {
     }
 
     /// The velocity that one branch predicts.
-    fn velocity(
-        &self,
-        branch: &Prepared,
-        latents: &Tensor<4>,
-        timestep: f32,
-        caches: &mut [TeaCache],
-    ) -> Tensor<4> {
+    fn velocity(&self, branch: &Prepared, latents: &Tensor<4>, timestep: f32, caches: &mut [TeaCache]) -> Tensor<4> {
         let ([batch, ..], [pooled_batch, _]) = (latents.dims(), branch.pooled.dims());
         let guidance = self.options.embedded_guidance as f32;
         let timesteps = vec![timestep; pooled_batch];

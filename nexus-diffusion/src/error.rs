@@ -13,7 +13,9 @@ pub enum DiffusionError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A token id that the text encoder does not have.
-    #[error("token id {id} is not in the vocabulary of {encoder}, which has {vocab_size} ids: check that tokenizer and text encoder belong together")]
+    #[error(
+        "token id {id} is not in the vocabulary of {encoder}, which has {vocab_size} ids: check that tokenizer and text encoder belong together"
+    )]
     TokenOutOfVocabulary {
         /// Text encoder.
         encoder: &'static str,
@@ -33,7 +35,9 @@ pub enum DiffusionError {
         max: usize,
     },
     /// Image embeddings of another model's width.
-    #[error("image embeddings are {found} wide, but this decoder was trained for {expected}: they come from another model")]
+    #[error(
+        "image embeddings are {found} wide, but this decoder was trained for {expected}: they come from another model"
+    )]
     EmbedsWidth {
         /// Width given.
         found: usize,
@@ -63,7 +67,9 @@ pub enum DiffusionError {
         width: usize,
     },
     /// Start noise of the wrong shape.
-    #[error("the start noise is {found:?}, but this picture needs {expected:?} (batch, channels, height / 8, width / 8)")]
+    #[error(
+        "the start noise is {found:?}, but this picture needs {expected:?} (batch, channels, height / 8, width / 8)"
+    )]
     NoiseShape {
         /// Shape given.
         found: [usize; 4],

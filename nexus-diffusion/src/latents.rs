@@ -68,10 +68,11 @@ impl LatentSize {
 pub fn patchify(latents: Tensor<4>) -> Tensor<3> {
     let [batch, channels, height, width] = latents.dims();
     assert!(height.is_multiple_of(2) && width.is_multiple_of(2), "latents of {height}x{width} have odd sides");
-    latents
-        .reshape([batch, channels, height / 2, 2, width / 2, 2])
-        .permute([0, 2, 4, 1, 3, 5])
-        .reshape([batch, height / 2 * (width / 2), channels * 4])
+    latents.reshape([batch, channels, height / 2, 2, width / 2, 2]).permute([0, 2, 4, 1, 3, 5]).reshape([
+        batch,
+        height / 2 * (width / 2),
+        channels * 4,
+    ])
 }
 
 /// Undoes [`patchify`].
@@ -86,10 +87,12 @@ pub fn unpatchify(tokens: Tensor<3>, size: LatentSize) -> Tensor<4> {
     let [batch, count, columns] = tokens.dims();
     assert_eq!(count, size.num_tokens(), "tokens of latents {size:?}");
     let LatentSize { height, width } = size;
-    tokens
-        .reshape([batch, height / 2, width / 2, columns / 4, 2, 2])
-        .permute([0, 3, 1, 4, 2, 5])
-        .reshape([batch, columns / 4, height, width])
+    tokens.reshape([batch, height / 2, width / 2, columns / 4, 2, 2]).permute([0, 3, 1, 4, 2, 5]).reshape([
+        batch,
+        columns / 4,
+        height,
+        width,
+    ])
 }
 
 #[cfg(test)]

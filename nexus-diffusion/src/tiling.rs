@@ -225,7 +225,7 @@ impl Blend {
 
 #[cfg(test)]
 mod tests {
-    use nexus_core::testing::{assert_close_tensors, ramp};
+    use nexus_core::testing::{assert_close_tensors, cpu, ramp};
 
     use super::*;
 
@@ -272,6 +272,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn tiles_blend_as_in_the_original() {
+        // Two tiles of 4x4 below each other share two rows; each tile is filled with its own number.
+        let picture = LatentSize { height: 6, width: 4 };
+        let column = |ramps, scale| {
+            let fill = |i: usize, _| Tensor::full([1, 1, 4 * scale, 4 * scale], i as f32, &cpu());
+            let blended = tiled(picture, Tiling::new(4, 2).unwrap(), ramps, scale, fill);
+            blended.narrow(3, 1, 1).into_data().try_to_vec::<f32>().unwrap()
+        };
+        let third = 1.0 / 3.0;
+        // Ramps of two positions on the inner sides: weights 1, 1, 1, 1/2 and 1/2, 1, 1, 1.
+        assert_near(&column(Ramp::InnerSides, 1), &[0.0, 0.0, third, 2.0 * third, 1.0, 1.0]);
+        // Ramps of one position: no ramp at all.
+        assert_near(&column(Ramp::AllSides, 1), &[0.0, 0.0, 0.5, 0.5, 1.0, 1.0]);
+        // Ramps of three positions, of which the side of the picture leaves the column two: both tiles weigh the same
+        // but at their edges.
+        let expected =
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, third, 0.5, 0.5, 0.5, 0.5, 2.0 * third, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+        assert_near(&column(Ramp::AllSides, 3), &expected);
+    }
+
+    #[track_caller]
+    fn assert_near(actual: &[f32], expected: &[f32]) {
+        assert_eq!(actual.len(), expected.len());
+        assert!(actual.iter().zip(expected).all(|(a, e)| (a - e).abs() < 1e-6), "{actual:?}");
     }
 
     #[test]

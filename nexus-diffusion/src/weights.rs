@@ -150,7 +150,10 @@ mod tests {
     #[track_caller]
     fn check(module: &impl Module, names: &WeightNames, tensors: usize, millions: usize, md5: &str) {
         let (count, weights, digest) = fingerprint(module, names);
-        assert_eq!((count, (weights + 50_000) / 100_000 * 100_000, digest.as_str()), (tensors, millions * 100_000, md5));
+        assert_eq!(
+            (count, (weights + 50_000) / 100_000 * 100_000, digest.as_str()),
+            (tensors, millions * 100_000, md5)
+        );
     }
 
     #[test]

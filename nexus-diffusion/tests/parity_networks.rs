@@ -1,4 +1,5 @@
 //! Every network against PyTorch on the bundled random checkpoint: connectors, transformer, autoencoder, text encoders.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod random_models;
 
@@ -159,9 +160,21 @@ fn autoencoder_whole_and_tiled() {
     check(&autoencoder.encode(image.clone(), None), &fixture, "out.latents");
     let drawn = autoencoder.decode(latents.clone(), None);
     check(&drawn, &fixture, "out.image");
+    check_pixels(drawn, &fixture.floats("out.uint8"));
     let tiling = Some(Tiling::new(4, 2).unwrap());
     check(&autoencoder.encode(image, tiling), &fixture, "out.tiled_latents");
     check(&autoencoder.decode(latents, tiling), &fixture, "out.tiled_image");
+}
+
+/// No 8-bit value may be off by more than one.
+#[track_caller]
+fn check_pixels(picture: Tensor<4>, expected: &[f32]) {
+    let values: Vec<f32> = picture.permute([0, 2, 3, 1]).into_data().try_to_vec().unwrap();
+    assert_eq!(values.len(), expected.len());
+    for (value, expected) in values.iter().zip(expected) {
+        let pixel = ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).trunc();
+        assert!((pixel - expected).abs() <= 1.0, "{pixel} instead of {expected}");
+    }
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! Noise, schedule, TeaCache and the whole way from condition to picture against PyTorch.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod random_models;
 
@@ -94,12 +95,7 @@ fn training_levels_and_weights() {
 }
 
 /// Latents after each step.
-fn trajectory(
-    dit: &Dit,
-    branches: Branches,
-    noise: Tensor<4>,
-    options: &DenoiseOptions,
-) -> Vec<Tensor<4>> {
+fn trajectory(dit: &Dit, branches: Branches, noise: Tensor<4>, options: &DenoiseOptions) -> Vec<Tensor<4>> {
     let denoiser = Denoiser::new(dit, branches, LatentSize::of(&noise), options).unwrap();
     let mut state = denoiser.start(noise, None).unwrap();
     let mut latents = vec![];
@@ -170,17 +166,14 @@ fn from_condition_to_picture() {
             }
             _ => (&editing.dit, editing_text_ids(GridThw::GENERATED, Some(GridThw::REFERENCE), size)),
         };
-        let positive =
-            Branch { conditioning: Conditioning { embeds: context, text_ids }, pooled: pooled[0].clone() };
+        let positive = Branch { conditioning: Conditioning { embeds: context, text_ids }, pooled: pooled[0].clone() };
         let (text, negative_pooled) = match request.negative_prompt.as_str() {
             "" => ("empty", &pooled[0]),
             _ => ("negative", &pooled[1]),
         };
         let tokens = t5.encode(&prompts.ids(&format!("in.{text}_input_ids")), FloatDType::F32).unwrap();
-        let negative = Branch {
-            conditioning: Conditioning::without_positions(tokens),
-            pooled: negative_pooled.clone(),
-        };
+        let negative =
+            Branch { conditioning: Conditioning::without_positions(tokens), pooled: negative_pooled.clone() };
         let options = DenoiseOptions {
             num_steps: request.steps,
             cfg_scale: request.cfg_scale,

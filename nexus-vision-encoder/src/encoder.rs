@@ -61,10 +61,10 @@ impl VisionEncoder {
     /// [`VisionEncoderError::Config`] if the sizes are incoherent, [`VisionEncoderError::Checkpoint`] if a weight is
     /// missing, left over, or of another shape or dtype.
     pub fn load(
-        config: &VisionConfig,
         checkpoint: &Checkpoint,
-        options: &LoadOptions,
+        config: &VisionConfig,
         device: &Device,
+        options: &LoadOptions,
     ) -> Result<Self, VisionEncoderError> {
         config.validate()?;
         Ok(load_module(Self::new(config, device), checkpoint, &NAMES, options)?)

@@ -9,7 +9,7 @@
 //! let device = Device::default();
 //! let checkpoint = Checkpoint::open("models/Nexus-GenV2")?;
 //! let config = VisionConfig::read("models/Nexus-GenV2/config.json")?;
-//! let encoder = VisionEncoder::load(&config, &checkpoint, &LoadOptions::default(), &device)?;
+//! let encoder = VisionEncoder::load(&checkpoint, &config, &device, &LoadOptions::default())?;
 //! let patches = Tensor::<2>::zeros([18 * 18, 1176], &device);
 //! let images = encoder.encode(patches, &[GridThw::GENERATED])?;
 //! assert_eq!(images[0].values.dims(), [1, 81, config.out_hidden_size]);

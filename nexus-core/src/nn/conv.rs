@@ -85,7 +85,8 @@ mod tests {
     fn direct(conv: &Conv2d, x: &Tensor<4>) -> Vec<f32> {
         let [_, inputs, height, width] = x.dims();
         let [outputs, _, kernel, _] = conv.weight.dims();
-        let (w, x) = (conv.weight.val().to_data().try_to_vec::<f32>().unwrap(), x.to_data().to_vec::<f32>().unwrap());
+        let (w, x) =
+            (conv.weight.val().to_data().try_to_vec::<f32>().unwrap(), x.to_data().try_to_vec::<f32>().unwrap());
         let (before, after) = conv.padding;
         let out = |side: usize| (side + before + after - kernel) / conv.stride + 1;
         let mut values = vec![];

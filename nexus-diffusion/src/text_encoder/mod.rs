@@ -7,8 +7,8 @@ mod t5;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-pub use clip::{ClipLayer, ClipTextEncoder};
-pub use t5::{T5Block, T5Encoder};
+pub use clip::{ClipAttention, ClipEmbeddings, ClipLayer, ClipMlp, ClipTextEncoder};
+pub use t5::{T5Attention, T5Block, T5Dense, T5Encoder};
 
 use crate::DiffusionError;
 

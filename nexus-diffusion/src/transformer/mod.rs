@@ -8,7 +8,7 @@ mod single_block;
 mod teacache;
 
 pub use dit::{Dit, DitInput};
-pub use double_block::{DoubleBlock, JointAttention};
+pub use double_block::{DoubleBlock, FeedForward, JointAttention};
 pub use inputs::{EMBEDDED_WIDTH, Mlp, image_positions, rounded, sinusoid};
 pub use modulation::{AdaNorm, DitModulations, DoubleModulation, Modulation, ScaleShift, StreamModulation};
 pub use single_block::SingleBlock;

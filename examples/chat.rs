@@ -1,0 +1,73 @@
+//! How do I hold a conversation? `cargo run --release --example chat`, then type; `/image cat.png` sends a picture.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+mod cli;
+
+use std::{
+    io::{BufRead, Write},
+    path::PathBuf,
+};
+
+use anyhow::Result;
+use clap::Parser;
+use nexus::{ChatOptions, EditOptions, GenerateOptions, Image, Message, ReplyPart};
+
+/// Talks with the model: text and pictures in, text and pictures out.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Width and height of drawn pictures, in pixels
+    #[arg(long, default_value_t = 512)]
+    size: usize,
+    /// Denoising steps
+    #[arg(long = "num_inference_steps", default_value_t = 50)]
+    num_inference_steps: usize,
+    /// Directory for drawn pictures
+    #[arg(long = "result_path", default_value = ".")]
+    result_path: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let (size, steps) = (args.size, args.num_inference_steps);
+    let options = ChatOptions {
+        generate: GenerateOptions { width: size, height: size, steps, ..GenerateOptions::default() },
+        edit: EditOptions { width: size, height: size, steps, ..EditOptions::default() },
+        ..ChatOptions::default()
+    };
+    let mut nexus = args.model.load()?;
+    let mut chat = nexus.with_progress(cli::progress()).chat(options);
+    let mut pictures = 0;
+    let mut images = vec![];
+    prompt()?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if let Some(path) = line.strip_prefix("/image ") {
+            match Image::open(path.trim()) {
+                Ok(image) => images.push(image),
+                Err(error) => println!("{error}"),
+            }
+        } else if !line.trim().is_empty() {
+            let message = images.drain(..).fold(Message::user(), Message::with_image).with_text(line);
+            for part in chat.send(message)?.parts {
+                match part {
+                    ReplyPart::Text(text) => println!("{text}"),
+                    ReplyPart::Image(picture) => {
+                        pictures += 1;
+                        let path = args.result_path.join(format!("chat_{pictures}.png"));
+                        picture.save(&path)?;
+                        println!("picture: {}", path.display());
+                    }
+                }
+            }
+        }
+        prompt()?;
+    }
+    Ok(())
+}
+
+fn prompt() -> Result<()> {
+    print!("> ");
+    Ok(std::io::stdout().flush()?)
+}

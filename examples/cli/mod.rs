@@ -1,0 +1,121 @@
+//! What the examples share: arguments -> a loaded model, and progress events -> a bar on the terminal.
+#![allow(dead_code)] // Each example uses its part.
+
+use std::{ops::ControlFlow, path::PathBuf, time::Duration};
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use nexus::{Nexus, Progress, Residency};
+
+/// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Random weights of the released layout: they draw noise, but through the whole pipeline.
+const RANDOM_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-random");
+
+/// A small photograph-like picture to ask about or to edit.
+pub const SAMPLE_IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/images/photo_200x150.png");
+
+/// Which model runs, and where.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Directory with Nexus-GenV2/ and FLUX/FLUX.1-dev/; without it, a tiny model with random weights
+    #[arg(long, alias = "ckpt_path", value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Directory with the FLUX files, if they are not beside the model
+    #[arg(long = "flux_path", value_name = "DIR")]
+    flux_path: Option<PathBuf>,
+    /// Device: cpu, cuda:0, wgpu, vulkan, metal, rocm (those compiled in)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Free each stage before the next one is loaded
+    #[arg(long = "enable_cpu_offload")]
+    enable_cpu_offload: bool,
+}
+
+impl ModelArgs {
+    /// Loads the model.
+    pub fn load(&self) -> Result<Nexus> {
+        env_logger::builder().filter_level(log::LevelFilter::Warn).parse_default_env().init();
+        let residency = if self.enable_cpu_offload { Residency::OneStageAtATime } else { Residency::KeepAll };
+        let mut loader = Nexus::loader(self.dir()).residency(residency);
+        if let Some(dir) = &self.flux_path {
+            loader = loader.flux_dir(dir);
+        }
+        Ok(loader.load(&nexus::device(&self.device)?)?)
+    }
+
+    /// Directory of the model; says so if it is the random one.
+    pub fn dir(&self) -> PathBuf {
+        self.model.clone().unwrap_or_else(|| {
+            eprintln!("no --model given: using random weights, which know nothing and draw noise");
+            PathBuf::from(RANDOM_MODEL)
+        })
+    }
+}
+
+/// How a picture is drawn, under the names of the original's scripts.
+#[derive(clap::Args)]
+pub struct DrawArgs {
+    /// Width in pixels, rounded up to a multiple of 16
+    #[arg(long, default_value_t = 512)]
+    pub width: usize,
+    /// Height in pixels, rounded up to a multiple of 16
+    #[arg(long, default_value_t = 512)]
+    pub height: usize,
+    /// Denoising steps
+    #[arg(long = "num_inference_steps", default_value_t = 50)]
+    pub num_inference_steps: usize,
+    /// What the picture should not show; used if --cfg_scale is not 1
+    #[arg(long = "negative_prompt", default_value = "")]
+    pub negative_prompt: String,
+    /// Guidance that is embedded into the transformer
+    #[arg(long = "embedded_guidance", default_value_t = 3.5)]
+    pub embedded_guidance: f64,
+    /// Draw in overlapping tiles, for large pictures
+    #[arg(long)]
+    pub tiled: bool,
+}
+
+/// An observer that shows a bar with the stage at work, the steps done and the time left.
+pub fn progress() -> impl FnMut(Progress) -> ControlFlow<()> {
+    let bar = ProgressBar::no_length();
+    bar.enable_steady_tick(Duration::from_millis(100));
+    let spinner = ProgressStyle::with_template("{spinner} {msg}");
+    let steps = ProgressStyle::with_template("{spinner} {msg} {wide_bar} {pos}/{len} steps, {eta} left");
+    if let Ok(style) = &spinner {
+        bar.set_style(style.clone());
+    }
+    let mut text = String::new();
+    move |event| {
+        match event {
+            Progress::Loading(stage) => bar.set_message(format!("loading the {stage}")),
+            Progress::Running(stage) => bar.set_message(stage.to_string()),
+            Progress::PromptRead { tokens } => bar.set_message(format!("{tokens} prompt tokens read")),
+            Progress::Text(piece) => {
+                text.push_str(&piece);
+                bar.set_message(text.replace('\n', " "));
+            }
+            Progress::SizeRounded { asked, used } => {
+                bar.println(format!("{}x{} is drawn as {}x{}", asked.0, asked.1, used.0, used.1));
+            }
+            Progress::Step { done: 0, total } => {
+                bar.set_length(total as u64);
+                if let Ok(style) = &steps {
+                    bar.set_style(style.clone());
+                }
+            }
+            Progress::Step { done, total } => {
+                bar.set_position(done as u64);
+                if done == total
+                    && let Ok(style) = &spinner
+                {
+                    bar.set_style(style.clone());
+                }
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+}

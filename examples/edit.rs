@@ -1,0 +1,67 @@
+//! How do I change a picture? `cargo run --release --example edit -- --input_image cat.png --instruction "Add a hat"`
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+mod cli;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use nexus::{EditOptions, EditWith, Image, Noise, TextOptions};
+
+/// Changes a picture as the instruction says.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    #[command(flatten)]
+    draw: cli::DrawArgs,
+    /// Picture to change
+    #[arg(long = "input_image", default_value = cli::SAMPLE_IMAGE)]
+    input_image: PathBuf,
+    /// What to change
+    #[arg(long, default_value = "Add a pair of sunglasses.")]
+    instruction: String,
+    /// Draw by the generation decoder, which does not see the source picture
+    #[arg(long = "use_generation_decoder")]
+    use_generation_decoder: bool,
+    /// Largest area of the picture as the language model sees it, in pixels
+    #[arg(long = "max_pixels", default_value_t = 262_640)]
+    max_pixels: usize,
+    /// Classifier-free guidance; 1 is off
+    #[arg(long = "cfg_scale", default_value_t = 1.0)]
+    cfg_scale: f64,
+    /// Seed of the noise that the picture starts from
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Where the picture goes: PNG or JPEG
+    #[arg(long = "result_path", default_value = "edit_result.png")]
+    result_path: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let decoder = if args.use_generation_decoder { EditWith::GenerationDecoder } else { EditWith::EditingDecoder };
+    let options = EditOptions {
+        width: args.draw.width,
+        height: args.draw.height,
+        steps: args.draw.num_inference_steps,
+        cfg_scale: args.cfg_scale,
+        embedded_guidance: args.draw.embedded_guidance,
+        negative_prompt: args.draw.negative_prompt,
+        noise: Noise::Seed(args.seed),
+        tiled: args.draw.tiled,
+        decoder,
+        text: TextOptions { max_pixels: args.max_pixels, ..TextOptions::default() },
+        ..EditOptions::default()
+    };
+    let image = Image::open(&args.input_image)?;
+    let mut nexus = args.model.load()?;
+    let picture = nexus.with_progress(cli::progress()).edit(&image, &args.instruction, &options)?;
+    if let Some(reply) = &picture.reply {
+        println!("{reply}");
+    }
+    picture.save(&args.result_path)?;
+    println!("picture: {}", args.result_path.display());
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! How do I ask about pictures? `cargo run --release --example understand -- --input_image cat.png --instruction "What is this?"`
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+mod cli;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use nexus::{Image, TextOptions};
+
+/// Answers a question about one or several pictures.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Picture to ask about; may be given several times
+    #[arg(long = "input_image", default_value = cli::SAMPLE_IMAGE)]
+    input_image: Vec<PathBuf>,
+    /// Question or instruction; `<image>` marks say where the pictures go
+    #[arg(long, default_value = "Please give a brief description of the image.")]
+    instruction: String,
+    /// Largest area of a picture as the language model sees it, in pixels
+    #[arg(long = "max_pixels", default_value_t = 262_640)]
+    max_pixels: usize,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let images = args.input_image.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
+    let options = TextOptions { max_pixels: args.max_pixels, ..TextOptions::default() };
+    let mut nexus = args.model.load()?;
+    let reply = nexus.with_progress(cli::progress()).understand(&images, &args.instruction, &options)?;
+    println!("{reply}");
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! Conversations: turns, pictures in and out, and the choice of the decoder.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
+
+use nexus::{
+    ChatDecoder, ChatOptions, EditOptions, Error, GenerateOptions, Image, Message, Nexus, ReplyPart, Role, TextOptions,
+};
+use nexus_core::testing::{cpu, fixtures_dir, random_models_dir};
+
+fn options(decoder: ChatDecoder) -> ChatOptions {
+    let (width, height, steps, cfg_scale) = (32, 32, 1, 1.0);
+    ChatOptions {
+        text: TextOptions { max_pixels: 20_000, ..TextOptions::default() },
+        generate: GenerateOptions { width, height, steps, cfg_scale, ..GenerateOptions::default() },
+        edit: EditOptions { width, height, steps, cfg_scale, ..EditOptions::default() },
+        decoder,
+    }
+}
+
+fn nexus() -> Nexus {
+    Nexus::load(random_models_dir(), &cpu()).unwrap()
+}
+
+fn image() -> Image {
+    Image::open(fixtures_dir().join("images/photo_61x40.png")).unwrap()
+}
+
+fn drawing() -> Message {
+    Message::text("Generate an image according to the following description: A red fox under a pine")
+}
+
+#[test]
+fn pictures_and_text_come_in_order_and_stay_in_the_history() {
+    let mut nexus = nexus();
+    let mut chat = nexus.chat_with(options(ChatDecoder::Auto));
+    let parts = chat.send(drawing()).unwrap().parts;
+    let [ReplyPart::Text(before), ReplyPart::Image(first), ReplyPart::Text(after)] = &parts[..] else {
+        panic!("{parts:?}")
+    };
+    assert_eq!((before.as_str(), after.as_str()), ("Here is the image:", " Done."));
+    assert!(first.reference.is_none(), "nothing could be edited");
+    assert_eq!(chat.history().len(), 2);
+    assert_eq!(chat.history()[1].role, Role::Assistant);
+    assert_eq!(chat.history()[1].images().collect::<Vec<_>>(), [&first.image]);
+
+    let parts = chat.send(Message::text("Paint it at night")).unwrap().parts;
+    let second = parts.iter().find_map(|part| if let ReplyPart::Image(picture) = part { Some(picture) } else { None });
+    let second = second.expect("a second picture");
+    assert!(second.reference.is_some(), "the first picture is edited");
+    assert_eq!(chat.history().len(), 4);
+}
+
+#[test]
+fn a_message_with_an_image_is_edited_and_a_question_is_answered() {
+    let mut nexus = nexus();
+    let mut chat = nexus.chat_with(options(ChatDecoder::Auto));
+    let edit = Message::user().with_image(image()).with_text(" Turn the sky into a sunset.");
+    let parts = chat.send(edit).unwrap().parts;
+    let pictures: Vec<_> = parts
+        .iter()
+        .filter_map(|part| if let ReplyPart::Image(picture) = part { Some(picture) } else { None })
+        .collect();
+    assert_eq!(pictures.len(), 1);
+    assert!(pictures[0].reference.is_some());
+    drop(chat);
+    let mut chat = nexus.chat_with(options(ChatDecoder::Auto));
+    let parts = chat.send(Message::user().with_image(image()).with_text("What differs?")).unwrap().parts;
+    assert!(matches!(&parts[..], [ReplyPart::Text(text)] if text == "This is noise."), "{parts:?}");
+}
+
+#[test]
+fn the_decoder_can_be_chosen() {
+    let mut nexus = nexus();
+    let mut chat = nexus.chat_with(options(ChatDecoder::Editing));
+    assert!(matches!(chat.send(drawing()), Err(Error::NothingToEdit)));
+    assert!(chat.history().is_empty(), "a failed turn leaves no trace");
+    drop(chat);
+    let mut chat = nexus.chat_with(options(ChatDecoder::Generation));
+    let edit = Message::user().with_image(image()).with_text(" Turn the sky into a sunset.");
+    let parts = chat.send(edit).unwrap().parts;
+    assert!(parts.iter().any(|part| matches!(part, ReplyPart::Image(picture) if picture.reference.is_none())));
+}
