@@ -89,25 +89,34 @@ impl Stages {
         let vision_encoder = VisionEncoder::new(&self.vision_config, device);
         check_module(&vision_encoder, &self.language_model, &nexus_vision_encoder::NAMES, options)?;
         check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, options)?;
-        if let Ok(path) = self.files.generation_decoder() {
-            let decoder = GenerationDecoder::new(&self.diffusion_config(&path)?, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
-        }
-        if let Ok(path) = self.files.edit_decoder() {
-            let decoder = EditingDecoder::new(&self.diffusion_config(&path)?, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
-        }
+        let (mut ae_config, mut clip_config, mut t5_config) = (None, None, None);
         if let Ok(path) = self.files.autoencoder() {
-            let autoencoder = Autoencoder::new(&AutoencoderConfig::read_beside(&self.files.flux)?, device);
+            let config = ae_config.insert(AutoencoderConfig::read_beside(&self.files.flux)?);
+            let autoencoder = Autoencoder::new(config, device);
             check_module(&autoencoder, &Checkpoint::open(path)?, &weights::AUTOENCODER, options)?;
         }
         if let Ok(dir) = self.files.text_encoder() {
-            let clip = ClipTextEncoder::new(&ClipConfig::read(&dir.join("config.json"))?, device);
-            check_module(&clip, &Checkpoint::open(dir)?, &weights::CLIP, options)?;
+            let config = clip_config.insert(ClipConfig::read(&dir.join("config.json"))?);
+            check_module(&ClipTextEncoder::new(config, device), &Checkpoint::open(dir)?, &weights::CLIP, options)?;
         }
         if let Ok(dir) = self.files.text_encoder_2() {
-            let t5 = T5Encoder::new(&T5Config::read(&dir.join("config.json"))?, device);
-            check_module(&t5, &Checkpoint::open(dir)?, &weights::T5, options)?;
+            let config = t5_config.insert(T5Config::read(&dir.join("config.json"))?);
+            check_module(&T5Encoder::new(config, device), &Checkpoint::open(dir)?, &weights::T5, options)?;
+        }
+        let fits = |config: &DiffusionConfig| {
+            config.dit.validate_with(ae_config.as_ref(), clip_config.as_ref(), t5_config.as_ref())
+        };
+        if let Ok(path) = self.files.generation_decoder() {
+            let config = self.diffusion_config(&path)?;
+            fits(&config)?;
+            let decoder = GenerationDecoder::new(&config, device);
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
+        }
+        if let Ok(path) = self.files.edit_decoder() {
+            let config = self.diffusion_config(&path)?;
+            fits(&config)?;
+            let decoder = EditingDecoder::new(&config, device);
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
         }
         Ok(())
     }

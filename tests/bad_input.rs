@@ -200,6 +200,9 @@ fn configurations() {
     says(&error, &["num_heads"]);
     let error = Copy::new().replace("FLUX/FLUX.1-dev/ae_config.json", "\"groups\": 4", "\"groups\": 3").error();
     says(&error, &["groups"]);
+    let error =
+        Copy::new().replace("Nexus-GenV2/decoder_config.json", "\"pooled_dim\": 20", "\"pooled_dim\": 24").error();
+    says(&error, &["pooled_dim", "20", "CLIP"]);
 }
 
 #[test]
@@ -309,6 +312,9 @@ fn noise_and_embeddings_of_another_shape() {
     let embeds = nexus::ImageEmbeds::new(nexus_core::testing::ramp([1, 81, 40], 1), grid).unwrap();
     let error = nexus().draw(&embeds, DrawWith::GenerationDecoder, &DrawOptions::from(&small())).unwrap_err();
     assert!(matches!(error, Error::Diffusion(DiffusionError::EmbedsWidth { found: 40, expected: 72 })), "{error}");
+    let two = nexus::ImageEmbeds::new(nexus_core::testing::ramp([2, 81, 72], 1), grid).unwrap();
+    let error = nexus().draw(&two, DrawWith::GenerationDecoder, &DrawOptions::from(&small())).unwrap_err();
+    assert!(matches!(error, Error::Diffusion(DiffusionError::NoiseShape { .. })), "{error}");
 }
 
 #[test]

@@ -58,6 +58,12 @@ pub enum ArError {
         /// Width of the model.
         expected: usize,
     },
+    /// Several images in one [`nexus_core::ImageEmbeds`].
+    #[error("image embeddings of batch {batch} were given: give one `ImageEmbeds` of batch 1 per image of the prompt")]
+    EmbedBatch {
+        /// Batch given.
+        batch: usize,
+    },
     /// An option that cannot be used.
     #[error("option `{option}`: {reason}")]
     Option {

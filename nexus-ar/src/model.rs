@@ -99,7 +99,8 @@ impl ArModel {
     /// - returns: `[1, tokens, hidden]` in `dtype`
     ///
     /// # Errors
-    /// [`ArError::EmptyPrompt`], [`ArError::TokenOutOfVocabulary`], [`ArError::ImageTokens`], [`ArError::EmbedWidth`].
+    /// [`ArError::EmptyPrompt`], [`ArError::TokenOutOfVocabulary`], [`ArError::ImageTokens`], [`ArError::EmbedWidth`],
+    /// [`ArError::EmbedBatch`].
     pub fn embed(&self, token_ids: &[u32], images: &[ImageEmbeds], dtype: FloatDType) -> Result<Tensor<3>, ArError> {
         let (hidden, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
         if token_ids.is_empty() {
@@ -110,6 +111,9 @@ impl ArModel {
         }
         if let Some(found) = images.iter().map(|image| image.values.dims()[2]).find(|&width| width != hidden) {
             return Err(ArError::EmbedWidth { found, expected: hidden });
+        }
+        if let Some(batch) = images.iter().map(|image| image.values.dims()[0]).find(|&batch| batch != 1) {
+            return Err(ArError::EmbedBatch { batch });
         }
         let is_image = |id: &u32| *id == self.config.token_ids.image_token_id;
         let positions = token_ids.iter().filter(|id| is_image(id)).count();

@@ -183,7 +183,9 @@ impl<'a> Denoiser<'a> {
     /// # Errors
     /// [`DiffusionError::NoiseShape`] if a shape is not that of the run's latents.
     pub fn start(&self, noise: Tensor<4>, clean: Option<Tensor<4>>) -> Result<DenoiseState, DiffusionError> {
-        let [batch, ..] = noise.dims();
+        // One set of conditions serves any number of pictures; several conditions need one picture each.
+        let ([batch, ..], [conditions, ..]) = (noise.dims(), self.positive.context.dims());
+        let batch = if conditions == 1 { batch } else { conditions };
         let expected = [batch, self.dit.latent_channels(), self.size.height, self.size.width];
         for latents in std::iter::once(&noise).chain(&clean) {
             if latents.dims() != expected {

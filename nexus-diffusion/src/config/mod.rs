@@ -100,20 +100,23 @@ impl DitConfig {
         check_at_least_one("theta", self.theta)
     }
 
-    /// Checks that the models of one pipeline fit together.
+    /// Checks that the models of one pipeline fit together; those that are not there are not checked.
     ///
     /// # Errors
     /// [`ConfigError::Incoherent`] if the autoencoder has other latents, or a text encoder another width.
     pub fn validate_with(
         &self,
-        autoencoder: &AutoencoderConfig,
-        clip: &ClipConfig,
-        t5: &T5Config,
+        autoencoder: Option<&AutoencoderConfig>,
+        clip: Option<&ClipConfig>,
+        t5: Option<&T5Config>,
     ) -> Result<(), ConfigError> {
+        let latents = autoencoder.map_or(self.in_channels, |autoencoder| 4 * autoencoder.z_channels);
+        let pooled = clip.map_or(self.pooled_dim, |clip| clip.hidden_size);
+        let context = t5.map_or(self.context_dim, |t5| t5.d_model);
         let checks = [
-            ("in_channels", "four times z_channels of the autoencoder", self.in_channels, 4 * autoencoder.z_channels),
-            ("pooled_dim", "hidden_size of the CLIP text encoder", self.pooled_dim, clip.hidden_size),
-            ("context_dim", "d_model of the T5 encoder", self.context_dim, t5.d_model),
+            ("in_channels", "four times z_channels of the autoencoder", self.in_channels, latents),
+            ("pooled_dim", "hidden_size of the CLIP text encoder", self.pooled_dim, pooled),
+            ("context_dim", "d_model of the T5 encoder", self.context_dim, context),
         ];
         for (field, other, own, expected) in checks {
             if own != expected {
@@ -290,7 +293,7 @@ mod tests {
         autoencoder.validate().unwrap();
         ClipConfig::vit_large().validate().unwrap();
         T5Config::v1_1_xxl().validate().unwrap();
-        dit.validate_with(&autoencoder, &ClipConfig::vit_large(), &T5Config::v1_1_xxl()).unwrap();
+        dit.validate_with(Some(&autoencoder), Some(&ClipConfig::vit_large()), Some(&T5Config::v1_1_xxl())).unwrap();
         assert_eq!((dit.head_dim(), dit.latent_channels(), autoencoder.downscale()), (128, 16, 8));
     }
 
@@ -309,8 +312,9 @@ mod tests {
         assert_eq!(field(AutoencoderConfig { scale_factor: 0.0, ..autoencoder.clone() }.validate()), "scale_factor");
         assert_eq!(field(ClipConfig { hidden_act: "gelu".into(), ..ClipConfig::vit_large() }.validate()), "hidden_act");
         assert_eq!(field(T5Config::default().validate()), "feed_forward_proj");
-        let together =
-            |dit: DitConfig| dit.validate_with(&autoencoder, &ClipConfig::vit_large(), &T5Config::v1_1_xxl());
+        let together = |dit: DitConfig| {
+            dit.validate_with(Some(&autoencoder), Some(&ClipConfig::vit_large()), Some(&T5Config::v1_1_xxl()))
+        };
         assert_eq!(field(together(DitConfig { in_channels: 128, ..dit.clone() })), "in_channels");
         assert_eq!(field(together(DitConfig { pooled_dim: 512, ..dit.clone() })), "pooled_dim");
         assert_eq!(field(together(DitConfig { context_dim: 512, ..dit })), "context_dim");
