@@ -9,6 +9,8 @@
 pub mod checkpoint;
 pub mod config;
 mod embeds;
+#[cfg(feature = "flex")]
+mod kernels;
 pub mod nn;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

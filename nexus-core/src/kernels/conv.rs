@@ -1,0 +1,1 @@
+//! Convolutions: pictures and kernels -> pictures.

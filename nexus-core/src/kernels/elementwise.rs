@@ -1,0 +1,1 @@
+//! Activations and gated products: slices -> slices.

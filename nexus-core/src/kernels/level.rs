@@ -1,0 +1,86 @@
+//! What the CPU can do: features found at run time -> the widest version of each kernel.
+
+/// Vector instructions that a kernel may use; later ones include the earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// What every CPU of the target has.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Level {
+    /// The highest level of this CPU.
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+            if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                return Self::Avx512;
+            }
+            if avx2 {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+
+    /// Every level that this CPU can run, for tests.
+    #[cfg(test)]
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect())
+    }
+}
+
+/// Compiles a function once per level and calls the version for the level given first.
+///
+/// `with_level!(level, fn name(arg: Type, ..) -> Out { body })` runs `body`, compiled with the instructions of `level`.
+/// The arguments are variables of these names at the call. Calls inside `body` are vectorised too if they are
+/// `#[inline(always)]`. The level must be one that the CPU has, as
+/// [`Level::detect`] gives it.
+macro_rules! with_level {
+    ($level:expr, fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? $body:block) => {{
+        #[inline(always)]
+        fn $name($($arg: $ty),*) $(-> $out)? $body
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2($($arg: $ty),*) $(-> $out)? { $name($($arg),*) }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512($($arg: $ty),*) $(-> $out)? { $name($($arg),*) }
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
+            $crate::kernels::Level::Avx512 => unsafe { avx512($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            // SAFETY: as above.
+            $crate::kernels::Level::Avx2 => unsafe { avx2($($arg),*) },
+            _ => $name($($arg),*),
+        }
+    }};
+}
+pub(crate) use with_level;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_runs_the_same_body() {
+        for level in Level::available() {
+            let values: &[f32] = &(0..37).map(|i| i as f32).collect::<Vec<_>>();
+            let sum = with_level!(
+                level,
+                fn sum(values: &[f32]) -> f32 {
+                    values.iter().sum()
+                }
+            );
+            assert_eq!(sum, 666.0);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Rotary embeddings: heads and tables -> rotated heads.

@@ -1,0 +1,67 @@
+//! Between burn and kernels: a tensor on the CPU -> its values as a slice with strides, and back.
+
+use burn::{
+    backend::{DispatchDevice, Flex},
+    tensor::{Bytes, DType, Element, Shape, Tensor},
+};
+use burn_flex::{FlexTensor, Layout};
+
+/// A tensor whose values can be read in place.
+pub(crate) struct View {
+    tensor: FlexTensor,
+}
+
+impl View {
+    /// `None` if the tensor is on another backend or is tracked by autodiff.
+    pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        if !matches!(tensor.device().as_dispatch(), DispatchDevice::Flex(_)) {
+            return None;
+        }
+        Some(Self { tensor: tensor.clone().try_into_primitive::<Flex>().ok()? })
+    }
+
+    /// Like [`View::of`], for f32 tensors alone.
+    pub(crate) fn f32<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        if tensor.dtype() == DType::F32 { Self::of(tensor) } else { None }
+    }
+
+    /// Dtype of the values.
+    pub(crate) fn dtype(&self) -> DType {
+        self.tensor.dtype()
+    }
+
+    /// Distances in elements between neighbours along each dimension.
+    pub(crate) fn strides(&self) -> &[isize] {
+        self.tensor.layout().strides()
+    }
+
+    /// The values from the first element of the tensor to the end of the storage; strides count from here.
+    pub(crate) fn values<E: Element + bytemuck::Pod>(&self) -> &[E] {
+        &self.tensor.storage::<E>()[self.tensor.layout().start_offset()..]
+    }
+
+    /// The values in row-major order, if they lie so.
+    pub(crate) fn contiguous<E: Element + bytemuck::Pod>(&self) -> Option<&[E]> {
+        let (start, end) = self.tensor.layout().contiguous_offsets()?;
+        Some(&self.tensor.storage::<E>()[start..end])
+    }
+
+    /// The same tensor with its values in row-major order, copied if they do not lie so.
+    pub(crate) fn into_contiguous(self) -> Self {
+        if self.tensor.layout().contiguous_offsets().is_some() {
+            return self;
+        }
+        Self { tensor: self.tensor.to_contiguous() }
+    }
+}
+
+/// A tensor of new values in row-major order.
+///
+/// # Panics
+/// If there are not as many values as the shape says.
+pub(crate) fn wrap<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+    let shape = Shape::from(shape);
+    assert_eq!(values.len(), shape.num_elements(), "values of a new tensor");
+    let tensor = FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32);
+    Tensor::from_primitive::<Flex>(tensor)
+}
