@@ -12,7 +12,9 @@ mod level;
 mod linear;
 mod norm;
 mod rotary;
+mod simd;
 mod view;
 
 pub(crate) use level::Level;
+pub(crate) use linear::linear;
 pub(crate) use view::{View, wrap};

@@ -5,6 +5,7 @@ use burn::{
     tensor::{Bytes, DType, Element, Shape, Tensor},
 };
 use burn_flex::{FlexTensor, Layout};
+use half::{bf16, f16};
 
 /// A tensor whose values can be read in place.
 pub(crate) struct View {
@@ -44,6 +45,17 @@ impl View {
     pub(crate) fn contiguous<E: Element + bytemuck::Pod>(&self) -> Option<&[E]> {
         let (start, end) = self.tensor.layout().contiguous_offsets()?;
         Some(&self.tensor.storage::<E>()[start..end])
+    }
+
+    /// The values in row-major order, as f32; a copy. `None` for dtypes that are not floats.
+    pub(crate) fn widened(self) -> Option<Vec<f32>> {
+        let view = self.into_contiguous();
+        match view.dtype() {
+            DType::F32 => view.contiguous::<f32>().map(<[f32]>::to_vec),
+            DType::BF16 => Some(view.contiguous::<bf16>()?.iter().map(|value| value.to_f32()).collect()),
+            DType::F16 => Some(view.contiguous::<f16>()?.iter().map(|value| value.to_f32()).collect()),
+            _ => None,
+        }
     }
 
     /// The same tensor with its values in row-major order, copied if they do not lie so.

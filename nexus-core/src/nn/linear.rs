@@ -36,8 +36,14 @@ impl Linear {
     /// # Panics
     /// If the last dimension of `x` is not `in`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let weight = cast_like(self.weight.val(), &x);
-        let bias = self.bias.as_ref().map(|bias| cast_like(bias.val(), &x));
+        let weight = self.weight.val();
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        #[cfg(feature = "flex")]
+        if let Some(y) = crate::kernels::linear(&x, &weight, bias.as_ref()) {
+            return y;
+        }
+        let weight = cast_like(weight, &x);
+        let bias = bias.map(|bias| cast_like(bias, &x));
         linear(x, weight.transpose(), bias)
     }
 }
