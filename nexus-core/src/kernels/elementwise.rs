@@ -91,9 +91,12 @@ fn activate_slice(level: Level, activation: Activation, values: &mut [f32]) {
     with_level!(
         level,
         fn run(activation: Activation, values: &mut [f32]) {
+            // A `for` loop: `for_each` would not always be inlined here, and then not be compiled for the level.
             macro_rules! each {
                 ($function:ident) => {
-                    values.iter_mut().for_each(|value| *value = $function(*value))
+                    for value in values.iter_mut() {
+                        *value = $function(*value);
+                    }
                 };
             }
             choose!(activation, each)
@@ -107,7 +110,9 @@ fn activate_times_slice(level: Level, activation: Activation, values: &mut [f32]
         fn run(activation: Activation, values: &mut [f32], factors: &[f32]) {
             macro_rules! each {
                 ($function:ident) => {
-                    values.iter_mut().zip(factors).for_each(|(value, factor)| *value = $function(*value) * factor)
+                    for (value, factor) in values.iter_mut().zip(factors) {
+                        *value = $function(*value) * factor;
+                    }
                 };
             }
             choose!(activation, each)

@@ -101,7 +101,11 @@ fn layer_norm_row(level: Level, row: &mut [f32], epsilon: f64, affine: Option<(&
                         *value = (*value - mean) * inverse * factor + addend;
                     }
                 }
-                None => row.iter_mut().for_each(|value| *value = (*value - mean) * inverse),
+                None => {
+                    for value in row.iter_mut() {
+                        *value = (*value - mean) * inverse;
+                    }
+                }
             }
         }
     );
@@ -173,9 +177,13 @@ fn scale_row(level: Level, row: &mut [f32], [mean, factor, addend]: [f32; 3], wi
         level,
         fn run(row: &mut [f32], mean: f32, factor: f32, addend: f32, with_silu: bool) {
             if with_silu {
-                row.iter_mut().for_each(|value| *value = silu((*value - mean) * factor + addend));
+                for value in row.iter_mut() {
+                    *value = silu((*value - mean) * factor + addend);
+                }
             } else {
-                row.iter_mut().for_each(|value| *value = (*value - mean) * factor + addend);
+                for value in row.iter_mut() {
+                    *value = (*value - mean) * factor + addend;
+                }
             }
         }
     );
