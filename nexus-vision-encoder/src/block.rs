@@ -66,11 +66,8 @@ impl VisionAttention {
     /// See [`VisionBlock::forward`].
     pub fn forward(&self, x: Tensor<3>, rotary: &RotaryTable, bounds: &[usize]) -> Tensor<3> {
         let [batch, patches, hidden] = x.dims();
-        let qkv = self.qkv.forward(x);
-        let heads = |part: usize| {
-            let part = qkv.clone().narrow(2, part * hidden, hidden);
-            part.reshape([batch, patches, self.num_heads, hidden / self.num_heads])
-        };
+        let qkv = self.qkv.forward(x).reshape([batch, patches, 3 * self.num_heads, hidden / self.num_heads]);
+        let heads = |part: usize| qkv.clone().narrow(2, part * self.num_heads, self.num_heads);
         let (q, k) = (rotate_half(heads(0), rotary), rotate_half(heads(1), rotary));
         let options = Attention { visibility: Visibility::Segments(bounds), ..Default::default() };
         self.proj.forward(attention(q, k, heads(2), options))

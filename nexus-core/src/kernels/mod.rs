@@ -4,6 +4,7 @@
 //! formulation in `nn` is the default on every other backend, on autodiff devices and for dtypes that a kernel does not
 //! take, and it is the oracle of the kernel's test. `unsafe` code of this crate lives here (and in the memory map),
 //! each block with the condition that it relies on.
+#![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
 mod attention;
 mod conv;
@@ -13,8 +14,12 @@ mod linear;
 mod norm;
 mod rotary;
 mod simd;
+mod rows;
 mod view;
 
+pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};
 pub(crate) use level::Level;
 pub(crate) use linear::linear;
+pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
+pub(crate) use rotary::{Pairs, rotate};
 pub(crate) use view::{View, wrap};

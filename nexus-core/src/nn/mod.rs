@@ -13,7 +13,7 @@ mod linear;
 mod norm;
 mod rotary;
 
-pub use activation::{gelu, gelu_tanh, quick_gelu, relu, silu};
+pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
 pub use attention::{Attention, Visibility, attention};
 pub use conv::{Conv2d, Conv2dConfig, upsample_nearest_2x};
 pub use decoder_layer::{DecoderLayer, DecoderLayerConfig, KeyValue, SelfAttention};

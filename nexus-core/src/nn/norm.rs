@@ -5,7 +5,9 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 
-use super::cast_like;
+use super::{cast_like, silu};
+#[cfg(feature = "flex")]
+use crate::kernels;
 
 fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
@@ -32,6 +34,15 @@ impl RmsNorm {
     /// # Shapes
     /// `[.., width]` to `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        #[cfg(feature = "flex")]
+        let x = match kernels::rms_norm(x, &self.weight.val(), self.epsilon) {
+            Ok(y) => return y,
+            Err(x) => x,
+        };
+        self.plain_forward(x)
+    }
+
+    fn plain_forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let weight = cast_like(self.weight.val(), &x).unsqueeze();
         let dtype = x.dtype();
         let x = in_f32(x);
@@ -44,6 +55,15 @@ impl RmsNorm {
 
 /// `(x - mean) / sqrt(variance + eps)` over the last dimension, without weights, in the dtype of `x`.
 pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    let x = match kernels::layer_norm(x, epsilon) {
+        Ok(y) => return y,
+        Err(x) => x,
+    };
+    plain_layer_norm(x, epsilon)
+}
+
+fn plain_layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
     let dtype = x.dtype();
     let x = in_f32(x);
     let centred = x.clone() - x.mean_dim(D - 1);
@@ -58,7 +78,16 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
 /// - `x`: `[batch, tokens, width]`
 /// - `shift`, `scale`: `[batch, 1, width]`
 pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    layer_norm(x, epsilon) * (scale + 1.0) + shift
+    #[cfg(feature = "flex")]
+    let x = match kernels::modulated_layer_norm(x, &shift, &scale, epsilon) {
+        Ok(y) => return y,
+        Err(x) => x,
+    };
+    plain_modulate(x, shift, scale, epsilon)
+}
+
+fn plain_modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
+    plain_layer_norm(x, epsilon) * (scale + 1.0) + shift
 }
 
 /// Layer normalisation over the last dimension with weight and bias.
@@ -84,11 +113,20 @@ impl LayerNorm {
     /// # Shapes
     /// `[.., width]` to `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        #[cfg(feature = "flex")]
+        let x = match kernels::affine_layer_norm(x, &self.weight.val(), &self.bias.val(), self.epsilon) {
+            Ok(y) => return y,
+            Err(x) => x,
+        };
+        self.plain_forward(x)
+    }
+
+    fn plain_forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let dtype = x.dtype();
         let x = in_f32(x);
         let weight = cast_like(self.weight.val(), &x).unsqueeze();
         let bias = cast_like(self.bias.val(), &x).unsqueeze();
-        let normed = layer_norm(x, self.epsilon) * weight + bias;
+        let normed = plain_layer_norm(x, self.epsilon) * weight + bias;
         if dtype == DType::F32 { normed } else { normed.cast(dtype) }
     }
 }
@@ -122,10 +160,38 @@ impl GroupNorm {
     /// # Shapes
     /// `[batch, channels, height, width]` to the same.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        #[cfg(feature = "flex")]
+        let x = match kernels::group_norm(x, &self.options(false)) {
+            Ok(y) => return y,
+            Err(x) => x,
+        };
+        self.plain_forward(x)
+    }
+
+    /// [`silu`] of [`GroupNorm::forward`], in one pass where it can be.
+    ///
+    /// # Shapes
+    /// `[batch, channels, height, width]` to the same.
+    pub fn forward_silu(&self, x: Tensor<4>) -> Tensor<4> {
+        #[cfg(feature = "flex")]
+        let x = match kernels::group_norm(x, &self.options(true)) {
+            Ok(y) => return y,
+            Err(x) => x,
+        };
+        silu(self.plain_forward(x))
+    }
+
+    #[cfg(feature = "flex")]
+    fn options(&self, silu: bool) -> kernels::GroupNormOptions {
+        let (weight, bias) = (self.weight.val(), self.bias.val());
+        kernels::GroupNormOptions { weight, bias, num_groups: self.num_groups, epsilon: self.epsilon, silu }
+    }
+
+    fn plain_forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
         let dtype = x.dtype();
         let grouped = in_f32(x).reshape([batch, self.num_groups, channels / self.num_groups * height * width]);
-        let normed = layer_norm(grouped, self.epsilon).reshape([batch, channels, height, width]);
+        let normed = plain_layer_norm(grouped, self.epsilon).reshape([batch, channels, height, width]);
         let weight = cast_like(self.weight.val(), &normed).reshape([1, channels, 1, 1]);
         let bias = cast_like(self.bias.val(), &normed).reshape([1, channels, 1, 1]);
         let normed = normed * weight + bias;
@@ -136,7 +202,7 @@ impl GroupNorm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, cpu};
+    use crate::testing::{assert_close, assert_close_tensors, cpu, ramp};
 
     #[test]
     fn layer_norm_centres_and_scales() {
@@ -165,5 +231,75 @@ mod tests {
     fn group_norm_normalises_each_group() {
         let x = Tensor::<1>::from_floats([0.0, 2.0, 10.0, 14.0], &cpu()).reshape([1, 2, 1, 2]);
         assert_close(&GroupNorm::new(2, 2, 0.0, &cpu()).forward(x), &[-1.0, 1.0, -1.0, 1.0], 1e-6);
+    }
+
+    /// Activations of one shape, some of them views.
+    fn inputs(batch: usize, tokens: usize, width: usize) -> [Tensor<3>; 3] {
+        [
+            ramp([batch, tokens, width], 1) * 3.0 + 0.5,
+            ramp([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width),
+            ramp([width, batch, tokens], 3).permute([1, 2, 0]),
+        ]
+    }
+
+    const SHAPES: [[usize; 3]; 6] = [[1, 1, 1], [1, 1, 3584], [2, 5, 7], [3, 11, 80], [2, 19, 1280], [2, 700, 17]];
+
+    #[test]
+    fn norms_of_rows_match_the_plain_formulation() {
+        for ([batch, tokens, width], dtype) in SHAPES.into_iter().zip([DType::F32, DType::BF16, DType::F16].repeat(2)) {
+            let weight = |seed| Param::from_tensor(ramp([width], seed).cast(dtype));
+            let rms = RmsNorm { weight: weight(5), epsilon: 1e-6 };
+            let layer = LayerNorm { weight: weight(6), bias: weight(7), epsilon: 1e-6 };
+            let vectors = ramp([batch, 1, 3 * width], 8);
+            let (shift, scale) = (vectors.clone().narrow(2, 0, width), vectors.narrow(2, width, width));
+            for x in inputs(batch, tokens, width) {
+                assert_close_tensors(&rms.forward(x.clone()), &rms.plain_forward(x.clone()), 2e-6);
+                assert_close_tensors(&layer.forward(x.clone()), &layer.plain_forward(x.clone()), 2e-6);
+                assert_close_tensors(&layer_norm(x.clone(), 1e-6), &plain_layer_norm(x.clone(), 1e-6), 2e-6);
+                let expected = plain_modulate(x.clone(), shift.clone(), scale.clone(), 1e-6);
+                assert_close_tensors(&modulate(x, shift.clone(), scale.clone(), 1e-6), &expected, 2e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_normalised_where_they_lie() {
+        let q = ramp([2, 9, 3 * 5, 16], 1).narrow(2, 5, 5);
+        let norm = RmsNorm { weight: Param::from_tensor(ramp([16], 2)), epsilon: 1e-6 };
+        assert_close_tensors(&norm.forward(q.clone()), &norm.plain_forward(q), 2e-6);
+    }
+
+    #[test]
+    fn group_norms_match_the_plain_formulation() {
+        for [batch, channels, height, width] in [[1, 4, 1, 1], [2, 6, 5, 7], [1, 8, 65, 17], [2, 4, 64, 80]] {
+            let weight = |seed| Param::from_tensor(ramp([channels], seed).cast(DType::BF16));
+            for num_groups in [1, 2, channels] {
+                let norm = GroupNorm { weight: weight(1), bias: weight(2), num_groups, epsilon: 1e-6 };
+                let permuted = ramp([batch, height, width, channels], 4).permute([0, 3, 1, 2]);
+                for x in [ramp([batch, channels, height, width], 3) * 5.0 - 2.0, permuted] {
+                    let expected = norm.plain_forward(x.clone());
+                    assert_close_tensors(&norm.forward(x.clone()), &expected, 2e-6);
+                    assert_close_tensors(&norm.forward_silu(x), &silu(expected), 2e-6);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_spread_as_in_the_plain_formulation() {
+        let (rms, layer) = (RmsNorm::new(20, 1e-6, &cpu()), LayerNorm::new(20, 1e-6, &cpu()));
+        let group = GroupNorm::new(2, 4, 1e-6, &cpu());
+        let kinds = |x: Tensor<4>| -> Vec<_> {
+            let values = x.into_data().try_to_vec::<f32>().unwrap();
+            values.into_iter().map(|value| (value.is_nan(), value == f32::INFINITY, value == 0.0)).collect()
+        };
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e25] {
+            let mut values = ramp([160], 1).into_data().try_to_vec::<f32>().unwrap();
+            values[33] = odd;
+            let x = Tensor::<1>::from_floats(values.as_slice(), &cpu()).reshape([2, 4, 1, 20]);
+            assert_eq!(kinds(rms.forward(x.clone())), kinds(rms.plain_forward(x.clone())), "rms {odd}");
+            assert_eq!(kinds(layer.forward(x.clone())), kinds(layer.plain_forward(x.clone())), "layer {odd}");
+            assert_eq!(kinds(group.forward(x.clone())), kinds(group.plain_forward(x)), "group {odd}");
+        }
     }
 }

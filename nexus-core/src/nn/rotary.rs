@@ -4,6 +4,9 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
+#[cfg(feature = "flex")]
+use crate::kernels::{self, Pairs};
+
 /// Cosines and sines of the rotation angles, one per token and pair of features.
 #[derive(Debug, Clone)]
 pub struct RotaryTable {
@@ -65,6 +68,15 @@ pub fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
 ///
 /// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `rotate_half`).
 pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+    #[cfg(feature = "flex")]
+    let x = match kernels::rotate(x, &table.cos, &table.sin, Pairs::Halves) {
+        Ok(y) => return y,
+        Err(x) => x,
+    };
+    plain_rotate_half(x, table)
+}
+
+fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     let [_, _, _, head_dim] = x.dims();
     let dtype = x.dtype();
     let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
@@ -84,6 +96,15 @@ pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
 ///
 /// Source: FLUX (math.py, `apply_rope`).
 pub fn rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+    #[cfg(feature = "flex")]
+    let x = match kernels::rotate(x, &table.cos, &table.sin, Pairs::Neighbours) {
+        Ok(y) => return y,
+        Err(x) => x,
+    };
+    plain_rotate_interleaved(x, table)
+}
+
+fn plain_rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     let [batch, tokens, heads, head_dim] = x.dims();
     let dtype = x.dtype();
     let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
@@ -145,7 +166,7 @@ impl MultimodalRotary {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, cpu};
+    use crate::testing::{assert_close, assert_close_tensors, cpu, ramp};
 
     fn quarter_turn() -> RotaryTable {
         RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &cpu())
@@ -166,5 +187,32 @@ mod tests {
         let angles = [1.0f32, 0.2, 0.03, 0.003];
         assert_close(&table.cos, &angles.map(f32::cos), 1e-6);
         assert_close(&table.sin, &angles.map(f32::sin), 1e-6);
+    }
+
+    #[test]
+    fn rotations_of_views_match_the_plain_formulation() {
+        for [batch, tables, tokens, heads, pairs] in
+            [[1, 1, 1, 1, 1], [2, 1, 5, 3, 8], [2, 2, 7, 4, 17], [3, 3, 1, 2, 40], [1, 1, 131, 5, 64]]
+        {
+            let angles = ramp([tables, tokens, pairs + 1], 1).narrow(2, 1, pairs) * 50.0;
+            let table = RotaryTable { cos: angles.clone().cos(), sin: angles.sin() };
+            let joined = ramp([batch, tokens, 3 * heads, 2 * pairs], 2);
+            let heads_first = ramp([batch, heads, tokens, 2 * pairs], 3).swap_dims(1, 2);
+            let widths_first = ramp([2 * pairs, tokens, heads, batch], 4).swap_dims(0, 3);
+            for x in [joined.narrow(2, heads, heads), heads_first, widths_first] {
+                assert_close_tensors(&rotate_half(x.clone(), &table), &plain_rotate_half(x.clone(), &table), 1e-6);
+                let expected = plain_rotate_interleaved(x.clone(), &table);
+                assert_close_tensors(&rotate_interleaved(x, &table), &expected, 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_of_another_dtype_decides_the_arithmetic() {
+        let x = ramp([1, 1, 3, 4], 2);
+        let table = quarter_turn().cast(DType::BF16);
+        let y = rotate_half(x.clone(), &table);
+        assert_eq!(y.dtype(), DType::F32);
+        assert_close_tensors(&y, &plain_rotate_half(x, &table), 0.0);
     }
 }

@@ -4,7 +4,7 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, silu, upsample_nearest_2x};
+use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, upsample_nearest_2x};
 
 /// Epsilon of every group norm.
 pub(super) const GROUP_NORM_EPS: f64 = 1e-6;
@@ -42,8 +42,8 @@ impl ResnetBlock {
     /// - `x`: `[batch, inputs, height, width]`
     /// - returns: `[batch, outputs, height, width]`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let y = self.conv1.forward(silu(self.norm1.forward(x.clone())));
-        let y = self.conv2.forward(silu(self.norm2.forward(y)));
+        let y = self.conv1.forward(self.norm1.forward_silu(x.clone()));
+        let y = self.conv2.forward(self.norm2.forward_silu(y));
         match &self.nin_shortcut {
             Some(shortcut) => shortcut.forward(x) + y,
             None => x + y,

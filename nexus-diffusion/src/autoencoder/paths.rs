@@ -4,7 +4,7 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Conv2d, Conv2dConfig, GroupNorm, silu};
+use nexus_core::nn::{Conv2d, Conv2dConfig, GroupNorm};
 
 use super::blocks::{GROUP_NORM_EPS, Middle, Resample, ResnetBlock};
 use crate::config::AutoencoderConfig;
@@ -63,7 +63,7 @@ impl DownPath {
     pub fn forward(&self, image: Tensor<4>) -> Tensor<4> {
         let x = self.down.iter().fold(self.conv_in.forward(image), |x, level| level.forward(x));
         let x = self.mid.forward(x);
-        self.conv_out.forward(silu(self.norm_out.forward(x)))
+        self.conv_out.forward(self.norm_out.forward_silu(x))
     }
 }
 
@@ -132,7 +132,7 @@ impl UpPath {
     pub fn forward(&self, z: Tensor<4>) -> Tensor<4> {
         let x = self.mid.forward(self.conv_in.forward(z));
         let x = self.up.iter().rev().fold(x, |x, level| level.forward(x));
-        self.conv_out.forward(silu(self.norm_out.forward(x)))
+        self.conv_out.forward(self.norm_out.forward_silu(x))
     }
 }
 

@@ -6,7 +6,7 @@ use burn::{
 };
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh},
+    nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul},
 };
 
 use super::checked_ids;
@@ -174,7 +174,7 @@ impl T5Block {
         let x = x.clone() + self.self_attention.forward(self.attention_norm.forward(x), bias);
         let T5Dense { wi_0, wi_1, wo } = &self.dense;
         let normed = self.dense_norm.forward(x.clone());
-        x + wo.forward(gelu_tanh(wi_0.forward(normed.clone())) * wi_1.forward(normed))
+        x + wo.forward(gelu_tanh_mul(wi_0.forward(normed.clone()), wi_1.forward(normed)))
     }
 }
 

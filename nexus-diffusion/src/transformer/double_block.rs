@@ -4,7 +4,9 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, Linear, RmsNorm, RotaryTable, attention, gelu_tanh, rotate_interleaved};
+use nexus_core::nn::{
+    Attention, Linear, RmsNorm, RotaryTable, attention, gated_residual, gelu_tanh, rotate_interleaved,
+};
 
 use super::{AdaNorm, DoubleModulation, NORM_EPS};
 
@@ -94,11 +96,11 @@ impl DoubleBlock {
         let DoubleModulation { image: a, text: b } = modulation;
         let (mixed_a, mixed_b) =
             self.attn.forward(a.attention.modulate(image.clone()), b.attention.modulate(text.clone()), rotary);
-        let image = image + mixed_a * a.attention.gate.clone();
-        let text = text + mixed_b * b.attention.gate.clone();
+        let image = gated_residual(image, a.attention.gate.clone(), mixed_a);
+        let text = gated_residual(text, b.attention.gate.clone(), mixed_b);
         let fed_a = self.ff_a.forward(a.mlp.modulate(image.clone()));
         let fed_b = self.ff_b.forward(b.mlp.modulate(text.clone()));
-        (image + fed_a * a.mlp.gate.clone(), text + fed_b * b.mlp.gate.clone())
+        (gated_residual(image, a.mlp.gate.clone(), fed_a), gated_residual(text, b.mlp.gate.clone(), fed_b))
     }
 }
 
@@ -122,9 +124,10 @@ impl JointAttention {
     /// - `image`, `text`: `[batch, tokens, dim]`, modulated
     /// - returns: the same, in this order
     pub fn forward(&self, image: Tensor<3>, text: Tensor<3>, rotary: &RotaryTable) -> (Tensor<3>, Tensor<3>) {
-        let ([_, image_tokens, _], [_, text_tokens, _]) = (image.dims(), text.dims());
-        let [q_a, k_a, v_a] = split_heads(self.a_to_qkv.forward(image), self.num_heads);
-        let [q_b, k_b, v_b] = split_heads(self.b_to_qkv.forward(text), self.num_heads);
+        let ([_, image_tokens, dim], [_, text_tokens, _]) = (image.dims(), text.dims());
+        let head_dim = dim / self.num_heads;
+        let [q_a, k_a, v_a] = split_heads(self.a_to_qkv.forward(image), head_dim, self.num_heads);
+        let [q_b, k_b, v_b] = split_heads(self.b_to_qkv.forward(text), head_dim, self.num_heads);
         let q = Tensor::cat(vec![self.norm_q_b.forward(q_b), self.norm_q_a.forward(q_a)], 1);
         let k = Tensor::cat(vec![self.norm_k_b.forward(k_b), self.norm_k_a.forward(k_a)], 1);
         let v = Tensor::cat(vec![v_b, v_a], 1);
@@ -151,13 +154,13 @@ impl FeedForward {
     }
 }
 
-/// Queries, keys and values of all heads.
+/// Queries, keys and values of all heads, as views of a projection that starts with them.
 ///
 /// # Shapes
-/// - `qkv`: `[batch, tokens, 3 * dim]`
+/// - `projected`: `[batch, tokens, width]`, of which the first `3 * heads * head_dim` are used
 /// - returns: three of `[batch, tokens, heads, head_dim]`
-pub(super) fn split_heads(qkv: Tensor<3>, num_heads: usize) -> [Tensor<4>; 3] {
-    let [batch, tokens, width] = qkv.dims();
-    let heads = qkv.reshape([batch, tokens, 3 * num_heads, width / (3 * num_heads)]);
+pub(super) fn split_heads(projected: Tensor<3>, head_dim: usize, num_heads: usize) -> [Tensor<4>; 3] {
+    let [batch, tokens, width] = projected.dims();
+    let heads = projected.reshape([batch, tokens, width / head_dim, head_dim]);
     std::array::from_fn(|i| heads.clone().narrow(2, i * num_heads, num_heads))
 }

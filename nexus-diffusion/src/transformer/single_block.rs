@@ -4,7 +4,9 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, Linear, RmsNorm, RotaryTable, attention, gelu_tanh, rotate_interleaved};
+use nexus_core::nn::{
+    Attention, Linear, RmsNorm, RotaryTable, attention, gated_residual, gelu_tanh, rotate_interleaved,
+};
 
 use super::{AdaNorm, Modulation, NORM_EPS, double_block::split_heads};
 
@@ -54,11 +56,11 @@ impl SingleBlock {
     pub fn forward(&self, x: Tensor<3>, modulation: &Modulation, rotary: &RotaryTable) -> Tensor<3> {
         let [_, _, dim] = x.dims();
         let projected = self.to_qkv_mlp.forward(modulation.modulate(x.clone()));
-        let [q, k, v] = split_heads(projected.clone().narrow(2, 0, 3 * dim), self.num_heads);
+        let [q, k, v] = split_heads(projected.clone(), dim / self.num_heads, self.num_heads);
         let q = rotate_interleaved(self.norm_q_a.forward(q), rotary);
         let k = rotate_interleaved(self.norm_k_a.forward(k), rotary);
         let mixed = attention(q, k, v, Attention::default());
         let fed = gelu_tanh(projected.narrow(2, 3 * dim, 4 * dim));
-        x + self.proj_out.forward(Tensor::cat(vec![mixed, fed], 2)) * modulation.gate.clone()
+        gated_residual(x, modulation.gate.clone(), self.proj_out.forward(Tensor::cat(vec![mixed, fed], 2)))
     }
 }
