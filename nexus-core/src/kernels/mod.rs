@@ -15,6 +15,7 @@ mod rotary;
 mod simd;
 mod view;
 
+pub(crate) use attention::attention;
 pub(crate) use level::Level;
 pub(crate) use linear::linear;
 pub(crate) use view::{View, wrap};
