@@ -30,6 +30,28 @@ pub(crate) trait Simd: Copy {
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// Lane-wise sum.
     unsafe fn add(self, other: Self) -> Self;
+    /// Lane-wise difference.
+    unsafe fn sub(self, other: Self) -> Self;
+    /// Lane-wise product.
+    unsafe fn mul(self, other: Self) -> Self;
+    /// Lane-wise maximum; `other` where either is NaN.
+    unsafe fn max(self, other: Self) -> Self;
+    /// The lowest nine bits of each lane as sign and exponent of a float without fraction.
+    unsafe fn low_bits_as_exponent(self) -> Self;
+
+    /// Writes eight rows of eight elements as columns, which begin `stride` elements apart.
+    ///
+    /// # Safety
+    /// As for the trait, with eight elements behind each pointer and at each column.
+    #[inline(always)]
+    unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+        for (lane, row) in rows.into_iter().enumerate() {
+            for column in 0..8 {
+                // SAFETY: the caller's condition.
+                unsafe { *to.add(column * stride + lane) = *row.add(column) };
+            }
+        }
+    }
 
     /// Sum of all lanes, always in the same order.
     ///
@@ -45,6 +67,25 @@ pub(crate) trait Simd: Copy {
             width /= 2;
             for lane in 0..width {
                 lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
+    }
+
+    /// Largest of all lanes that are not NaN, or negative infinity.
+    ///
+    /// # Safety
+    /// As for the trait.
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        // SAFETY: no level has more than 16 lanes.
+        unsafe { self.max(Self::splat(f32::NEG_INFINITY)).store(lanes.as_mut_ptr()) };
+        let mut width = Self::LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] = if lanes[lane] > lanes[lane + width] { lanes[lane] } else { lanes[lane + width] };
             }
         }
         lanes[0]
@@ -95,6 +136,22 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Self(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(|lane| self.0[lane] - other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Self(std::array::from_fn(|lane| self.0[lane] * other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(std::array::from_fn(|lane| if self.0[lane] > other.0[lane] { self.0[lane] } else { other.0[lane] }))
+    }
+    #[inline(always)]
+    unsafe fn low_bits_as_exponent(self) -> Self {
+        Self(self.0.map(|lane| f32::from_bits(lane.to_bits() << 23)))
     }
 }
 
@@ -153,6 +210,39 @@ mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             unsafe { Self(_mm256_add_ps(self.0, other.0)) }
         }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm256_sub_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn low_bits_as_exponent(self) -> Self {
+            unsafe { Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))) }
+        }
+        #[inline(always)]
+        unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+            unsafe {
+                let [a, b, c, d, e, f, g, h] = rows.map(|row| _mm256_loadu_ps(row));
+                let pairs = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let ((ab0, ab1), (cd0, cd1)) = (pairs(a, b), pairs(c, d));
+                let ((ef0, ef1), (gh0, gh1)) = (pairs(e, f), pairs(g, h));
+                let low = |ab, cd| _mm256_shuffle_ps::<0x44>(ab, cd);
+                let high = |ab, cd| _mm256_shuffle_ps::<0xee>(ab, cd);
+                let first = [low(ab0, cd0), high(ab0, cd0), low(ab1, cd1), high(ab1, cd1)];
+                let second = [low(ef0, gh0), high(ef0, gh0), low(ef1, gh1), high(ef1, gh1)];
+                for (column, (first, second)) in first.into_iter().zip(second).enumerate() {
+                    _mm256_storeu_ps(to.add(column * stride), _mm256_permute2f128_ps::<0x20>(first, second));
+                    _mm256_storeu_ps(to.add((column + 4) * stride), _mm256_permute2f128_ps::<0x31>(first, second));
+                }
+            }
+        }
     }
 
     impl Simd for Avx512 {
@@ -191,6 +281,26 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm512_max_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn low_bits_as_exponent(self) -> Self {
+            unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
+        }
+        #[inline(always)]
+        unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+            unsafe { Avx2::transpose_8x8(rows, to, stride) }
         }
     }
 }

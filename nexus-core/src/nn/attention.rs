@@ -38,6 +38,15 @@ pub struct Attention<'a> {
 /// # Panics
 /// If `kv_heads` does not divide `heads`, or the segments do not cover the tokens.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if let Some(mixed) = crate::kernels::attention(&q, &k, &v, &options) {
+        return mixed;
+    }
+    plain(q, k, v, options)
+}
+
+/// [`attention`] by burn's own, on repeated heads.
+fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
     let [batch, queries, heads, head_dim] = q.dims();
     let k = repeat_heads(k, heads).swap_dims(1, 2);
     let v = repeat_heads(v, heads).swap_dims(1, 2);
@@ -75,23 +84,19 @@ fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
     use crate::testing::{assert_close, cpu, ramp};
 
-    /// Attention of one head written out with loops in f64.
-    struct Naive {
-        values: Vec<f32>,
-    }
-
-    fn naive(
+    /// Attention written out with loops in f64: `visible(query, key)`, `bias(head, query, key)`.
+    pub(crate) fn naive(
         [q, k, v]: [&Tensor<4>; 3],
         visible: impl Fn(usize, usize) -> bool,
         bias: impl Fn(usize, usize, usize) -> f64,
         scale: f64,
-    ) -> Naive {
+    ) -> Vec<f32> {
         let [batch, queries, heads, dim] = q.dims();
         let [_, keys, kv_heads, _] = k.dims();
         let [q, k, v] = [q, k, v].map(|x| x.to_data().try_to_vec::<f32>().unwrap());
@@ -100,23 +105,27 @@ mod tests {
             for i in 0..queries {
                 for h in 0..heads {
                     let kv = h / (heads / kv_heads);
-                    let key = |j: usize, d: usize| f64::from(k[((b * keys + j) * kv_heads + kv) * dim + d]);
-                    let query = |d: usize| f64::from(q[((b * queries + i) * heads + h) * dim + d]);
-                    let weights: Vec<f64> = (0..keys)
-                        .map(|j| match visible(i, j) {
-                            true => ((0..dim).map(|d| query(d) * key(j, d)).sum::<f64>() * scale + bias(h, i, j)).exp(),
-                            false => 0.0,
-                        })
-                        .collect();
+                    let query = &q[((b * queries + i) * heads + h) * dim..][..dim];
+                    let row = |x: &[f32], j: usize, d: usize| f64::from(x[((b * keys + j) * kv_heads + kv) * dim + d]);
+                    let dot = |j| (0..dim).map(|d| f64::from(query[d]) * row(&k, j, d)).sum::<f64>();
+                    let score = |j| if visible(i, j) { dot(j) * scale + bias(h, i, j) } else { f64::NEG_INFINITY };
+                    let scores: Vec<f64> = (0..keys).map(score).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                     let total: f64 = weights.iter().sum();
-                    values.extend((0..dim).map(|d| {
-                        let value = |j: usize| f64::from(v[((b * keys + j) * kv_heads + kv) * dim + d]);
-                        (weights.iter().enumerate().map(|(j, w)| w * value(j)).sum::<f64>() / total) as f32
-                    }));
+                    let mixed = |d| weights.iter().enumerate().map(|(j, w)| w * row(&v, j, d)).sum::<f64>() / total;
+                    values.extend((0..dim).map(|d| mixed(d) as f32));
                 }
             }
         }
-        Naive { values }
+        values
+    }
+
+    /// Compares [`attention`], which may be a kernel, and [`plain`].
+    fn check([q, k, v]: [Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
+        for mix in [attention, plain] {
+            assert_close(&mix(q.clone(), k.clone(), v.clone(), options.clone()), expected, 1e-5);
+        }
     }
 
     fn qkv(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize) -> [Tensor<4>; 3] {
@@ -132,7 +141,7 @@ mod tests {
     fn full_attention_with_grouped_heads() {
         let [q, k, v] = qkv(2, 5, 7, 6, 2);
         let expected = naive([&q, &k, &v], |_, _| true, |_, _, _| 0.0, 1.0 / 6f64.sqrt());
-        assert_close(&attention(q, k, v, Attention::default()), &expected.values, 1e-5);
+        check([q, k, v], &Attention::default(), &expected);
     }
 
     #[test]
@@ -142,7 +151,7 @@ mod tests {
             let past = 7 - queries;
             let expected = naive([&q, &k, &v], |i, j| j <= past + i, |_, _, _| 0.0, 1.0 / 6f64.sqrt());
             let options = Attention { visibility: Visibility::Causal, ..Default::default() };
-            assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+            check([q, k, v], &options, &expected);
         }
     }
 
@@ -153,7 +162,7 @@ mod tests {
         let [q, k, v] = qkv(1, 8, 8, 2, 2);
         let expected = naive([&q, &k, &v], |i, j| segment(i) == segment(j), |_, _, _| 0.0, 1.0 / 6f64.sqrt());
         let options = Attention { visibility: Visibility::Segments(&bounds), ..Default::default() };
-        assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+        check([q, k, v], &options, &expected);
     }
 
     #[test]
@@ -164,6 +173,6 @@ mod tests {
         let tensor = Tensor::from_data(TensorData::new(values, [1, 2, 4, 4]), &cpu());
         let expected = naive([&q, &k, &v], |_, _| true, bias, 1.0);
         let options = Attention { bias: Some(tensor), scale: Some(1.0), ..Default::default() };
-        assert_close(&attention(q, k, v, options), &expected.values, 1e-5);
+        check([q, k, v], &options, &expected);
     }
 }

@@ -1,0 +1,472 @@
+//! Attention without a score matrix in memory: strided q, k, v -> mixed values.
+//!
+//! A task is a block of queries of all heads that share one key/value head. It walks over tiles of keys, packs each once
+//! for all its rows, and keeps a running softmax, so that a row's result does not depend on how rows are divided into
+//! tasks.
+#![allow(unsafe_code)]
+
+mod tile;
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use self::tile::{KEYS, ROWS, Rows, Scratch, Shape, Tile};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
+use super::{
+    Level, View,
+    simd::{Portable, Simd},
+    wrap,
+};
+use crate::nn::{Attention, Visibility};
+
+/// Elements of queries that a task keeps in the cache.
+const TASK_ELEMENTS: usize = 65_536;
+/// A task of fewer rows would pack more than it computes.
+const MIN_TASK_ROWS: usize = 48;
+
+/// Attention in f32, or `None` if the tensors are not f32 on the CPU or their shapes ask for what is not supported.
+///
+/// # Shapes
+/// As [`crate::nn::attention`]
+pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &Attention<'_>) -> Option<Tensor<3>> {
+    attention_at(Level::detect(), q, k, v, options)
+}
+
+fn attention_at(
+    level: Level,
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    options: &Attention<'_>,
+) -> Option<Tensor<3>> {
+    let [batch, queries, heads, head_dim] = q.dims();
+    let [_, keys, kv_heads, _] = k.dims();
+    let fits = k.dims() == v.dims() && k.dims() == [batch, keys, kv_heads, head_dim];
+    let empty = [batch, queries, heads, head_dim, keys, kv_heads].contains(&0);
+    if !fits || empty || !heads.is_multiple_of(kv_heads) {
+        return None;
+    }
+    if options.bias.as_ref().is_some_and(|bias| bias.dims() != [1, heads, queries, keys]) {
+        return None;
+    }
+    let (spans, past) = match options.visibility {
+        Visibility::All => (vec![(0..queries, 0..keys)], None),
+        Visibility::Causal => (vec![(0..queries, 0..keys)], Some(keys.checked_sub(queries)?)),
+        Visibility::Segments(_) if options.bias.is_some() || queries != keys => return None,
+        Visibility::Segments(bounds) => {
+            let covered = bounds.first() == Some(&0) && bounds.last() == Some(&queries) && bounds.is_sorted();
+            let segment = |pair: &[usize]| (pair[0]..pair[1], pair[0]..pair[1]);
+            (covered.then(|| bounds.windows(2).map(segment).collect())?, None)
+        }
+    };
+    let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
+    let bias = match &options.bias {
+        Some(bias) => Some(Rowwise::of(bias)?),
+        None => None,
+    };
+    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+    let call = Call {
+        q: q.rows(),
+        k: k.rows(),
+        v: v.rows(),
+        bias: bias.as_ref().map(Rowwise::rows),
+        scale: (scale * std::f64::consts::LOG2_E) as f32,
+        past,
+        group: heads / kv_heads,
+    };
+    let tasks = call.tasks(batch, kv_heads, &spans);
+    Some(wrap(call.run(&tasks, level), [batch, queries, heads * head_dim]))
+}
+
+/// A tensor whose last dimension lies in one piece.
+struct Rowwise {
+    view: View,
+    dims: [usize; 4],
+}
+
+impl Rowwise {
+    fn of(tensor: &Tensor<4>) -> Option<Self> {
+        let view = View::f32(tensor)?;
+        let strides = view.strides();
+        let in_place = strides[3] == 1 && strides.iter().all(|&stride| stride >= 0);
+        let view = if in_place { view } else { view.into_contiguous() };
+        Some(Self { view, dims: tensor.dims() })
+    }
+
+    fn rows(&self) -> Strided<'_> {
+        let strides = self.view.strides();
+        Strided {
+            values: self.view.values(),
+            dims: self.dims,
+            strides: [strides[0] as usize, strides[1] as usize, strides[2] as usize],
+        }
+    }
+}
+
+/// Rows of a tensor of four dimensions.
+#[derive(Clone, Copy)]
+struct Strided<'a> {
+    values: &'a [f32],
+    dims: [usize; 4],
+    strides: [usize; 3],
+}
+
+impl<'a> Strided<'a> {
+    #[inline(always)]
+    fn row(&self, index: [usize; 3]) -> &'a [f32] {
+        let start: usize = index.iter().zip(self.strides).map(|(index, stride)| index * stride).sum();
+        &self.values[start..start + self.dims[3]]
+    }
+}
+
+/// Inputs of one call.
+struct Call<'a> {
+    /// `[batch, queries, heads, head_dim]`.
+    q: Strided<'a>,
+    /// `[batch, keys, kv_heads, head_dim]`.
+    k: Strided<'a>,
+    /// `[batch, keys, kv_heads, head_dim]`.
+    v: Strided<'a>,
+    /// `[1, heads, queries, keys]`.
+    bias: Option<Strided<'a>>,
+    /// Factor of the scores times log2(e).
+    scale: f32,
+    /// Keys before the first query, if a query sees none after itself.
+    past: Option<usize>,
+    /// Query heads per key/value head.
+    group: usize,
+}
+
+/// Queries and the keys that they may see, in all heads of a group.
+///
+/// Row `r` is query `queries.start + r / group` in head `kv_head * group + r % group`.
+struct Task {
+    batch: usize,
+    kv_head: usize,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+impl Call<'_> {
+    fn tasks(&self, batch: usize, kv_heads: usize, spans: &[(Range<usize>, Range<usize>)]) -> Vec<Task> {
+        let [_, queries, heads, head_dim] = self.q.dims;
+        let fair = (batch * queries * heads).div_ceil(4 * rayon::current_num_threads());
+        let most = (TASK_ELEMENTS / head_dim).min(fair).max(MIN_TASK_ROWS).div_ceil(self.group);
+        let mut tasks = vec![];
+        for (batch, kv_head) in (0..batch).flat_map(|batch| (0..kv_heads).map(move |kv_head| (batch, kv_head))) {
+            for (queries, keys) in spans.iter().filter(|(queries, _)| !queries.is_empty()) {
+                let parts = queries.len().div_ceil(most);
+                let step = queries.len().div_ceil(parts).next_multiple_of(ROWS);
+                for start in queries.clone().step_by(step) {
+                    let queries = start..queries.end.min(start + step);
+                    tasks.push(Task { batch, kv_head, queries, keys: keys.clone() });
+                }
+            }
+        }
+        tasks
+    }
+
+    fn run(&self, tasks: &[Task], level: Level) -> Vec<f32> {
+        let mut values = vec![0.0; self.q.dims.iter().product()];
+        let output = Output { to: values.as_mut_ptr(), rows: self.q.dims[..3].iter().product(), len: self.q.dims[3] };
+        tasks.par_iter().for_each_init(Vec::new, |scratch, task| match level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
+            Level::Avx512 => unsafe { self.avx512(task, scratch, &output) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { self.avx2(task, scratch, &output) },
+            // SAFETY: every CPU has what this needs.
+            _ => unsafe { self.block::<Portable, 1>(task, scratch, &output) },
+        });
+        values
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
+        // SAFETY: this function has the instructions.
+        unsafe { self.block::<Avx2, 2>(task, scratch, output) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
+        // SAFETY: this function has the instructions.
+        unsafe { self.block::<Avx512, 4>(task, scratch, output) }
+    }
+
+    /// One task, with register tiles of [`ROWS`] rows by `C` vectors.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `S`.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const C: usize>(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
+        let head_dim = self.q.dims[3];
+        let shape = Shape { head_dim, padded_dim: head_dim.next_multiple_of(S::LANES), panel: C * S::LANES };
+        let rows = task.queries.len() * self.group;
+        let Scratch { queries, keys, values, scores, largest, total, mixed } = Scratch::new(scratch, shape, rows);
+        self.pack_queries(task, queries);
+        largest.fill(f32::MIN);
+        total.fill(0.0);
+        mixed.fill(0.0);
+        let seen = |query: usize| self.past.map_or(task.keys.end, |past| task.keys.end.min(past + query + 1));
+        for start in (task.keys.start..seen(task.queries.end - 1)).step_by(KEYS) {
+            let count = KEYS.min(seen(task.queries.end - 1) - start);
+            let key = |index: usize| self.k.row([task.batch, start + index, task.kv_head]);
+            // SAFETY: the caller's condition.
+            unsafe { tile::pack_keys::<S>(shape, count, key, keys) };
+            self.pack_values(task, start..start + count, shape, values);
+            let tile = Tile { keys, values };
+            for first in (0..rows).step_by(ROWS) {
+                let live = ROWS.min(rows - first);
+                let query = |row: usize| task.queries.start + (first + row.min(live - 1)) / self.group;
+                let visible = std::array::from_fn(|row| seen(query(row)).saturating_sub(start).min(count));
+                let most = visible[live - 1];
+                if most == 0 {
+                    continue;
+                }
+                let mut rows = Rows {
+                    queries: &queries[first * head_dim..][..live * head_dim],
+                    largest: &mut largest[first..first + live],
+                    total: &mut total[first..first + live],
+                    mixed: &mut mixed[first * shape.padded_dim..][..live * shape.padded_dim],
+                };
+                let add_bias = |scores: &mut [f32]| self.add_bias(task, first, &visible[..live], start, scores);
+                macro_rules! step {
+                    ($($count:literal)*) => {
+                        match live {
+                            $($count => {
+                                tile::scores::<S, C, $count>(shape, rows.queries, tile, most, scores);
+                                add_bias(scores);
+                                let factors = tile::softmax::<S, $count>(&mut rows, scores, &visible, most);
+                                tile::mix::<S, C, $count>(shape, scores, &factors, tile, most, rows.mixed);
+                            })*
+                            _ => unreachable!("no more than {ROWS} rows"),
+                        }
+                    };
+                }
+                // SAFETY: the caller's condition.
+                unsafe { step!(1 2 3 4 5 6) };
+            }
+        }
+        for (row, (mixed, total)) in mixed.chunks(shape.padded_dim).zip(total.iter()).enumerate() {
+            let (query, head) = (task.queries.start + row / self.group, task.kv_head * self.group + row % self.group);
+            let index = (task.batch * self.q.dims[1] + query) * self.q.dims[2] + head;
+            // SAFETY: no two tasks have the same query in the same head.
+            unsafe { output.write(index, mixed, *total) };
+        }
+    }
+
+    /// See [`Rows::queries`].
+    #[inline(always)]
+    fn pack_queries(&self, task: &Task, packed: &mut [f32]) {
+        let heads = task.kv_head * self.group..(task.kv_head + 1) * self.group;
+        let rows = task.queries.clone().flat_map(|query| heads.clone().map(move |head| [task.batch, query, head]));
+        for (packed, index) in packed.chunks_mut(self.q.dims[3]).zip(rows) {
+            for (packed, value) in packed.iter_mut().zip(self.q.row(index)) {
+                *packed = value * self.scale;
+            }
+        }
+    }
+
+    /// See [`Tile::values`].
+    #[inline(always)]
+    fn pack_values(&self, task: &Task, keys: Range<usize>, shape: Shape, packed: &mut [f32]) {
+        for (index, key) in keys.enumerate() {
+            let row = self.v.row([task.batch, key, task.kv_head]);
+            for (panel, row) in row.chunks(shape.panel).enumerate() {
+                let start = panel * shape.panel;
+                let width = shape.panel.min(shape.padded_dim - start);
+                packed[start * KEYS + index * width..][..row.len()].copy_from_slice(row);
+            }
+        }
+    }
+
+    /// Adds the bias of the rows from `first` on and the keys from `start` on.
+    #[inline(always)]
+    fn add_bias(&self, task: &Task, first: usize, visible: &[usize], start: usize, scores: &mut [f32]) {
+        let Some(bias) = &self.bias else { return };
+        for ((row, visible), scores) in (first..).zip(visible).zip(scores.chunks_mut(KEYS)) {
+            let (query, head) = (task.queries.start + row / self.group, task.kv_head * self.group + row % self.group);
+            let bias = &bias.row([0, head, query])[start..start + visible];
+            for (score, bias) in scores.iter_mut().zip(bias) {
+                *score += bias * std::f32::consts::LOG2_E;
+            }
+        }
+    }
+}
+
+/// The output, rows of `len` elements, written by tasks that own different rows.
+struct Output {
+    to: *mut f32,
+    rows: usize,
+    len: usize,
+}
+
+// SAFETY: the pointer is only used by `write`, whose callers own different rows.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Writes the weighted sum of values over the sum of weights.
+    ///
+    /// # Safety
+    /// No other task writes this row, and the memory is borrowed from its owner.
+    #[inline(always)]
+    unsafe fn write(&self, row: usize, mixed: &[f32], total: f32) {
+        assert!(row < self.rows && self.len <= mixed.len());
+        // SAFETY: the row is inside of the allocation of `rows * len` elements, and the caller's condition.
+        let to = unsafe { std::slice::from_raw_parts_mut(self.to.add(row * self.len), self.len) };
+        for (value, mixed) in to.iter_mut().zip(mixed) {
+            *value = mixed / total;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::{
+        nn::naive_attention as naive,
+        testing::{assert_close, cpu, ramp},
+    };
+
+    fn qkv([batch, queries, keys, kv_heads, group, dim]: [usize; 6]) -> [Tensor<4>; 3] {
+        [
+            ramp([batch, queries, kv_heads * group, dim], 1),
+            ramp([batch, keys, kv_heads, dim], 2),
+            ramp([batch, keys, kv_heads, dim], 3),
+        ]
+    }
+
+    fn check([q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
+        for level in Level::available() {
+            assert_close(&attention_at(level, q, k, v, options).unwrap(), expected, 2e-6);
+        }
+    }
+
+    fn check_visibility(
+        [q, k, v]: [&Tensor<4>; 3],
+        visibility: Visibility<'_>,
+        visible: impl Fn(usize, usize) -> bool,
+    ) {
+        let expected = naive([q, k, v], visible, |_, _, _| 0.0, 1.0 / (q.dims()[3] as f64).sqrt());
+        check([q, k, v], &Attention { visibility, ..Default::default() }, &expected);
+    }
+
+    #[test]
+    fn every_key_is_seen_at_odd_sizes() {
+        for sizes in [
+            [1, 1, 1, 1, 1, 6],
+            [2, 2, 3, 2, 1, 12],
+            [1, 3, 17, 1, 2, 16],
+            [1, 17, 63, 2, 1, 20],
+            [2, 63, 64, 1, 2, 80],
+            [1, 64, 65, 1, 1, 128],
+            [1, 65, 130, 1, 7, 20],
+            [1, 130, 2, 2, 1, 80],
+        ] {
+            let [q, k, v] = qkv(sizes);
+            check_visibility([&q, &k, &v], Visibility::All, |_, _| true);
+        }
+    }
+
+    #[test]
+    fn causal_queries_are_the_last_of_the_sequence() {
+        for sizes in [
+            [1, 1, 130, 2, 7, 128],
+            [2, 2, 2, 1, 1, 6],
+            [1, 3, 65, 1, 2, 12],
+            [1, 17, 80, 1, 7, 16],
+            [1, 130, 130, 1, 1, 20],
+        ] {
+            let [q, k, v] = qkv(sizes);
+            let past = sizes[2] - sizes[1];
+            check_visibility([&q, &k, &v], Visibility::Causal, |i, j| j <= past + i);
+        }
+    }
+
+    #[test]
+    fn segments_of_any_length() {
+        let bounds = [0, 1, 4, 4, 68, 133];
+        let segment = |i: usize| bounds.iter().rposition(|&start| start <= i);
+        let [q, k, v] = qkv([2, 133, 133, 2, 1, 20]);
+        check_visibility([&q, &k, &v], Visibility::Segments(&bounds), |i, j| segment(i) == segment(j));
+    }
+
+    #[test]
+    fn views_are_read_with_their_strides() {
+        let (heads, dim) = (2, 12);
+        let fused = ramp([2, 70, 3 * heads, dim], 5);
+        let part = |index| fused.clone().narrow(2, index * heads, heads).narrow(1, 3, 66);
+        check_visibility([&part(0), &part(1), &part(2)], Visibility::All, |_, _| true);
+        let heads_first = |seed| ramp([2, heads, 66, dim], seed).swap_dims(1, 2);
+        check_visibility([&heads_first(1), &heads_first(2), &part(2)], Visibility::Causal, |i, j| j <= i);
+        let dim_first = ramp([2, 66, dim, heads], 4).swap_dims(2, 3);
+        check_visibility([&dim_first, &part(1), &dim_first], Visibility::All, |_, _| true);
+    }
+
+    #[test]
+    fn bias_and_scale_enter_the_scores() {
+        let [q, k, v] = qkv([2, 17, 70, 2, 2, 16]);
+        let bias = |h: usize, i: usize, j: usize| (h as f64 + 1.0) * (i as f64 - j as f64) * 0.25;
+        let values: Vec<f32> = (0..4 * 17 * 70).map(|n| bias(n / 1190, n / 70 % 17, n % 70) as f32).collect();
+        let tensor = Tensor::from_data(TensorData::new(values, [1, 4, 17, 70]), &cpu());
+        let options = Attention { bias: Some(tensor), scale: Some(0.5), ..Default::default() };
+        check([&q, &k, &v], &options, &naive([&q, &k, &v], |_, _| true, bias, 0.5));
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let [_, _, v] = qkv([1, 1, 130, 1, 1, 12]);
+        let keys: Vec<f32> = (0..130 * 12).map(|n| (n / 12) as f32 - 65.0).collect();
+        let k = Tensor::from_data(TensorData::new(keys, [1, 130, 1, 12]), &cpu());
+        for sign in [1e4, -1e4] {
+            check_visibility([&Tensor::full([1, 3, 1, 12], sign, &cpu()), &k, &v], Visibility::All, |_, _| true);
+        }
+    }
+
+    #[test]
+    fn not_a_number_reaches_the_rows_that_read_it() {
+        let poison = |x: &Tensor<4>, token, head| {
+            let dim = x.dims()[3];
+            let nan = Tensor::full([1, 1, 1, dim], f32::NAN, &cpu());
+            x.clone().slice_assign([0..1, token..token + 1, head..head + 1, 0..dim], nan)
+        };
+        let [q, k, v] = qkv([1, 9, 70, 2, 2, 8]);
+        // Query head `h` of a token reads key/value head `h / 2`.
+        for level in Level::available() {
+            let nan_rows = |q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>| -> Vec<usize> {
+                let mixed = attention_at(level, q, k, v, &Attention::default()).unwrap();
+                let values = mixed.into_data().try_into_vec::<f32>().unwrap();
+                let rows = values.chunks(8).enumerate();
+                rows.filter(|(_, row)| row.iter().all(|value| value.is_nan())).map(|(row, _)| row).collect()
+            };
+            let second_group: Vec<usize> = (0..36).filter(|row| row % 4 >= 2).collect();
+            assert!(nan_rows(&q, &k, &v).is_empty());
+            assert_eq!(nan_rows(&poison(&q, 5, 1), &k, &v), [21]);
+            assert_eq!(nan_rows(&q, &poison(&k, 66, 1), &v), second_group);
+            assert_eq!(nan_rows(&q, &k, &poison(&v, 3, 1)), second_group);
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_rows_beside_it() {
+        let [q, k, v] = qkv([1, 100, 100, 2, 3, 20]);
+        let options = Attention { visibility: Visibility::Causal, ..Default::default() };
+        for level in Level::available() {
+            let whole = attention_at(level, &q, &k, &v, &options).unwrap();
+            for (start, end) in [(0, 1), (41, 42), (7, 80), (95, 100)] {
+                let past = |x: &Tensor<4>| x.clone().narrow(1, 0, end);
+                let q = q.clone().narrow(1, start, end - start);
+                let part = attention_at(level, &q, &past(&k), &past(&v), &options).unwrap();
+                assert_eq!(part.into_data(), whole.clone().narrow(1, start, end - start).into_data());
+            }
+        }
+    }
+}
