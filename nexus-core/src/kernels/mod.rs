@@ -14,5 +14,6 @@ mod norm;
 mod rotary;
 mod view;
 
+pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use level::Level;
 pub(crate) use view::{View, wrap};
