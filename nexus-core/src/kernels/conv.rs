@@ -1,1 +1,306 @@
 //! Convolutions: pictures and kernels -> pictures.
+//!
+//! 3x3 kernels that keep the size, plain or on a doubled picture, go through Winograd's form; all others gather the
+//! pixels under each weight. Either way the work is a product of a small block of weights with a panel of pixels.
+//! Results do not depend on the number of threads.
+
+mod gather;
+mod product;
+mod winograd;
+mod work;
+
+use burn::tensor::{DType, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use self::{winograd::Picture, work::Output};
+use super::{Level, View, wrap};
+
+/// A square convolution with bias.
+pub(crate) struct Filter {
+    /// `[out, in, kernel, kernel]`.
+    pub(crate) weight: Tensor<4>,
+    /// `[out]`.
+    pub(crate) bias: Tensor<1>,
+    /// Step between output positions.
+    pub(crate) stride: usize,
+    /// Zeros before and after each spatial dimension.
+    pub(crate) padding: (usize, usize),
+}
+
+/// Sizes of the input and of the kernel over it.
+struct Geometry {
+    inputs: usize,
+    height: usize,
+    width: usize,
+    kernel: usize,
+    stride: usize,
+    /// Zeros before each spatial dimension.
+    before: usize,
+}
+
+/// Convolves f32 pictures on the flex backend; `None` for any other tensor or kernel.
+///
+/// # Shapes
+/// - `x`: `[batch, in, height, width]`
+/// - returns: `[batch, out, ..]`, sides `(side + padding - kernel) / stride + 1`
+pub(crate) fn conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    conv2d_at(Level::detect(), x, filter)
+}
+
+/// [`conv2d`] of the picture with every pixel repeated in a square of 2x2, for 3x3 kernels that keep the size.
+///
+/// # Shapes
+/// - `x`: `[batch, in, height, width]`
+/// - returns: `[batch, out, 2 * height, 2 * width]`
+pub(crate) fn upsample_conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    upsample_conv2d_at(Level::detect(), x, filter)
+}
+
+fn conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    if filter.keeps_size_3x3() {
+        return winograd_at(level, Picture::Plain, x, filter);
+    }
+    let operands = Operands::of(x, filter)?;
+    let [batch, inputs, height, width] = x.dims();
+    let [outputs, _, kernel, _] = filter.weight.dims();
+    let (before, after) = filter.padding;
+    let side = |side: usize| Some((side + before + after).checked_sub(kernel)? / filter.stride + 1);
+    let shape = [batch, outputs, side(height)?, side(width)?];
+    let mut geometry = Geometry { inputs, height, width, kernel, stride: filter.stride, before };
+    let mut grid = shape;
+    if kernel == 1 && filter.stride == 1 && filter.padding == (0, 0) {
+        // Rows do not matter: a single long one fills the panels without seams.
+        (geometry.height, geometry.width) = (1, height * width);
+        (grid[2], grid[3]) = (1, height * width);
+    }
+    let weights = gather::pack(&operands.weight, inputs * kernel * kernel);
+    let pixels = operands.x.contiguous()?;
+    let fill = |out: &Output| gather::convolve(level, pixels, &geometry, &weights, &operands.bias, out);
+    // SAFETY: `convolve` writes all of it.
+    #[allow(unsafe_code)]
+    let values = unsafe { Output::collect(grid, fill) };
+    Some(wrap(values, shape))
+}
+
+fn upsample_conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    if filter.keeps_size_3x3() { winograd_at(level, Picture::Doubled, x, filter) } else { None }
+}
+
+fn winograd_at(level: Level, picture: Picture, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    let operands = Operands::of(x, filter)?;
+    let [batch, inputs, height, width] = x.dims();
+    let scale = if picture == Picture::Doubled { 2 } else { 1 };
+    let shape = [batch, operands.bias.len(), scale * height, scale * width];
+    let weights = winograd::pack(level, picture, &operands.weight, inputs);
+    let pixels = (operands.x.contiguous()?, [inputs, height, width]);
+    let fill = |out: &Output| winograd::convolve(level, picture, pixels, &weights, &operands.bias, out);
+    // SAFETY: `convolve` writes all of it.
+    #[allow(unsafe_code)]
+    let values = unsafe { Output::collect(shape, fill) };
+    Some(wrap(values, shape))
+}
+
+impl Filter {
+    fn keeps_size_3x3(&self) -> bool {
+        let [_, _, height, width] = self.weight.dims();
+        (height, width, self.stride, self.padding) == (3, 3, 1, (1, 1))
+    }
+}
+
+/// What a kernel reads, in row-major order and f32.
+struct Operands {
+    x: View,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Operands {
+    fn of(x: &Tensor<4>, filter: &Filter) -> Option<Self> {
+        let ([_, inputs, ..], [_, weight_inputs, ..]) = (x.dims(), filter.weight.dims());
+        let is_empty = x.shape().num_elements() == 0 || filter.weight.shape().num_elements() == 0;
+        if is_empty || inputs != weight_inputs {
+            return None;
+        }
+        let (weight, bias) = (floats(&filter.weight)?, floats(&filter.bias)?);
+        Some(Self { x: View::f32(x)?.into_contiguous(), weight, bias })
+    }
+}
+
+/// The values of a float tensor in row-major order.
+fn floats<const D: usize>(tensor: &Tensor<D>) -> Option<Vec<f32>> {
+    let view = View::of(tensor)?.into_contiguous();
+    match view.dtype() {
+        DType::F32 => Some(view.contiguous::<f32>()?.to_vec()),
+        DType::BF16 => Some(view.contiguous::<bf16>()?.par_iter().map(|value| value.to_f32()).collect()),
+        DType::F16 => Some(view.contiguous::<f16>()?.par_iter().map(|value| value.to_f32()).collect()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::*;
+    use crate::{
+        nn::{Conv2d, Conv2dConfig, upsample_nearest_2x},
+        testing::{cpu, ramp, relative_drift},
+    };
+
+    const TOLERANCE: f32 = 2e-6;
+
+    fn filter(config: Conv2dConfig, dtype: DType) -> Filter {
+        let Conv2dConfig { inputs, outputs, kernel_size, stride, padding } = config;
+        let weight = ramp([outputs, inputs, kernel_size, kernel_size], 1).cast(dtype);
+        Filter { weight, bias: ramp([outputs], 2).cast(dtype), stride, padding }
+    }
+
+    /// The sum over all pixels under the kernel, in f64.
+    fn direct(x: &Tensor<4>, filter: &Filter) -> Vec<f32> {
+        let values = |x: Tensor<1>| x.cast(DType::F32).to_data().try_to_vec::<f32>().unwrap();
+        let [batch, inputs, height, width] = x.dims();
+        let [_, _, kernel, _] = filter.weight.dims();
+        let (before, after) = filter.padding;
+        let out = |side: usize| (side + before + after - kernel) / filter.stride + 1;
+        let (x, weight) = (values(x.clone().flatten(0, 3)), values(filter.weight.clone().flatten(0, 3)));
+        let bias = values(filter.bias.clone());
+        let mut sums = vec![];
+        for picture in 0..batch {
+            for (o, bias) in bias.iter().enumerate() {
+                for (row, col) in (0..out(height)).flat_map(|row| (0..out(width)).map(move |col| (row, col))) {
+                    let mut sum = f64::from(*bias);
+                    for (i, tap) in (0..inputs).flat_map(|i| (0..kernel * kernel).map(move |tap| (i, tap))) {
+                        let y = (row * filter.stride + tap / kernel).checked_sub(before).filter(|y| *y < height);
+                        let x_ = (col * filter.stride + tap % kernel).checked_sub(before).filter(|x| *x < width);
+                        if let (Some(y), Some(x_)) = (y, x_) {
+                            let pixel = x[((picture * inputs + i) * height + y) * width + x_];
+                            sum += f64::from(pixel) * f64::from(weight[(o * inputs + i) * kernel * kernel + tap]);
+                        }
+                    }
+                    sums.push(sum as f32);
+                }
+            }
+        }
+        sums
+    }
+
+    #[track_caller]
+    fn assert_direct(actual: &Tensor<4>, x: &Tensor<4>, filter: &Filter, case: &str) {
+        let drift = relative_drift(&actual.to_data().try_to_vec::<f32>().unwrap(), &direct(x, filter));
+        assert!(drift <= TOLERANCE, "{case}: drift {drift:e}");
+    }
+
+    /// Inputs, outputs, height and width.
+    const SIZES: [[usize; 4]; 9] = [
+        [1, 1, 1, 1],
+        [3, 5, 2, 3],
+        [5, 3, 3, 1],
+        [16, 17, 5, 17],
+        [17, 16, 17, 5],
+        [32, 9, 3, 33],
+        [3, 32, 33, 2],
+        [1, 3, 3, 129],
+        [2, 130, 4, 6],
+    ];
+
+    #[test]
+    fn every_kind_matches_the_sum_at_every_level() {
+        for [inputs, outputs, height, width] in SIZES {
+            let x = ramp([2, inputs, height, width], 3);
+            let halving = Conv2dConfig { outputs, ..Conv2dConfig::halving(inputs) };
+            let wide = Conv2dConfig { inputs, outputs, kernel_size: 5, stride: 3, padding: (3, 2) };
+            for config in
+                [Conv2dConfig::same(inputs, outputs, 3), Conv2dConfig::same(inputs, outputs, 1), halving, wide]
+            {
+                if height + config.padding.1 < config.kernel_size || width + config.padding.1 < config.kernel_size {
+                    continue;
+                }
+                let filter = filter(config, DType::F32);
+                for level in Level::available() {
+                    let y = conv2d_at(level, &x, &filter).unwrap();
+                    assert_direct(&y, &x, &filter, &format!("{level:?} {config:?} {height}x{width}"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn doubled_pictures_match_the_sum_at_every_level() {
+        for [inputs, outputs, height, width] in SIZES {
+            let x = ramp([2, inputs, height, width], 3);
+            let filter = filter(Conv2dConfig::same(inputs, outputs, 3), DType::F32);
+            let doubled = upsample_nearest_2x(x.clone());
+            for level in Level::available() {
+                let y = upsample_conv2d_at(level, &x, &filter).unwrap();
+                assert_eq!(y.dims(), [2, outputs, 2 * height, 2 * width]);
+                assert_direct(&y, &doubled, &filter, &format!("{level:?} {inputs}x{outputs} {height}x{width}"));
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_are_those_of_the_plain_version() {
+        for (height, width) in [(2, 3), (3, 2), (5, 17), (17, 33), (32, 8)] {
+            for config in [Conv2dConfig::halving(3), Conv2dConfig::same(3, 3, 1), Conv2dConfig::same(3, 3, 3)] {
+                let conv: Conv2d = config.init(&cpu());
+                let x = ramp([1, 3, height, width], 4);
+                assert_eq!(conv2d(&x, &conv.filter()).unwrap().dims(), conv.plain(x).dims());
+            }
+        }
+    }
+
+    #[test]
+    fn half_weights_are_widened() {
+        let x = ramp([1, 5, 6, 7], 5);
+        for dtype in [DType::BF16, DType::F16] {
+            for config in [Conv2dConfig::same(5, 9, 3), Conv2dConfig::same(5, 9, 1), Conv2dConfig::halving(5)] {
+                let filter = filter(config, dtype);
+                assert_direct(&conv2d(&x, &filter).unwrap(), &x, &filter, &format!("{dtype:?} {config:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn strided_pictures_are_read_in_order() {
+        let x = ramp([2, 7, 6, 5], 6).swap_dims(1, 3).narrow(2, 1, 4);
+        for config in [Conv2dConfig::same(5, 3, 3), Conv2dConfig::same(5, 3, 1), Conv2dConfig::halving(5)] {
+            let filter = filter(config, DType::F32);
+            assert_direct(&conv2d(&x, &filter).unwrap(), &x, &filter, &format!("{config:?}"));
+        }
+    }
+
+    #[test]
+    fn nan_reaches_every_output_that_reads_it() {
+        let mut values = ramp([1, 2, 9, 9], 7).to_data().try_to_vec::<f32>().unwrap();
+        values[4 * 9 + 5] = f32::NAN;
+        let x = Tensor::<1>::from_floats(values.as_slice(), &cpu()).reshape([1, 2, 9, 9]);
+        for config in [Conv2dConfig::same(2, 3, 3), Conv2dConfig::same(2, 3, 1), Conv2dConfig::halving(2)] {
+            let filter = filter(config, DType::F32);
+            for level in Level::available() {
+                let y = conv2d_at(level, &x, &filter).unwrap().to_data().try_to_vec::<f32>().unwrap();
+                let expected = direct(&x, &filter);
+                assert!(expected.iter().zip(&y).all(|(e, y)| !e.is_nan() || y.is_nan()), "{level:?} {config:?}");
+                assert!(y[0].is_finite(), "{level:?} {config:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() {
+        let x = ramp([1, 6, 20, 21], 8);
+        let filter = filter(Conv2dConfig::same(6, 130, 3), DType::F32);
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| conv2d(&x, &filter).unwrap().to_data())
+        };
+        assert_eq!(with(1), with(7));
+    }
+
+    #[test]
+    fn what_is_not_f32_on_the_cpu_is_left_to_the_plain_version() {
+        let filter = filter(Conv2dConfig::same(2, 3, 3), DType::F32);
+        assert!(conv2d(&ramp([1, 2, 4, 4], 9).cast(DType::BF16), &filter).is_none());
+        assert!(conv2d(&ramp([1, 2, 4, 4], 9).autodiff(), &filter).is_none());
+    }
+}

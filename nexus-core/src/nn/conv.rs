@@ -10,6 +10,8 @@ use burn::{
 };
 
 use super::{cast_like, normal_param};
+#[cfg(feature = "flex")]
+use crate::kernels;
 
 /// A square convolution with bias.
 #[derive(Module, Debug)]
@@ -65,16 +67,45 @@ impl Conv2d {
     /// - `x`: `[batch, in, height, width]`
     /// - returns: `[batch, out, height / stride, width / stride]`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        #[cfg(feature = "flex")]
+        if let Some(y) = kernels::conv2d(&x, &self.filter()) {
+            return y;
+        }
+        self.plain(x)
+    }
+
+    /// [`Conv2d::forward`] as operations of burn, for every backend.
+    pub(crate) fn plain(&self, x: Tensor<4>) -> Tensor<4> {
         let weight = cast_like(self.weight.val(), &x);
         let bias = cast_like(self.bias.val(), &x);
         let options = ConvOptions { stride: [self.stride; 2], padding: [self.padding; 2], dilation: [1; 2], groups: 1 };
         conv2d(x, weight, Some(bias), options)
+    }
+
+    #[cfg(feature = "flex")]
+    pub(crate) fn filter(&self) -> kernels::Filter {
+        let (weight, bias) = (self.weight.val(), self.bias.val());
+        kernels::Filter { weight, bias, stride: self.stride, padding: self.padding }
     }
 }
 
 /// Doubles height and width by repeating each pixel.
 pub fn upsample_nearest_2x(x: Tensor<4>) -> Tensor<4> {
     interpolate(x, InterpolateOptions::new(InterpolateMode::Nearest).with_scale_factor([2.0, 2.0]))
+}
+
+/// Doubles height and width by repeating each pixel, and convolves that.
+///
+/// # Shapes
+/// - `x`: `[batch, in, height, width]`
+/// - `conv`: keeps height and width
+/// - returns: `[batch, out, 2 * height, 2 * width]`
+pub fn upsample_conv(x: Tensor<4>, conv: &Conv2d) -> Tensor<4> {
+    #[cfg(feature = "flex")]
+    if let Some(y) = kernels::upsample_conv2d(&x, &conv.filter()) {
+        return y;
+    }
+    conv.forward(upsample_nearest_2x(x))
 }
 
 #[cfg(test)]

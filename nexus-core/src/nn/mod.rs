@@ -18,7 +18,7 @@ pub use activation::{gelu, gelu_tanh, quick_gelu, relu, silu};
 #[cfg(all(test, feature = "flex"))]
 pub(crate) use attention::tests::naive as naive_attention;
 pub use attention::{Attention, Visibility, attention};
-pub use conv::{Conv2d, Conv2dConfig, upsample_nearest_2x};
+pub use conv::{Conv2d, Conv2dConfig, upsample_conv, upsample_nearest_2x};
 pub use decoder_layer::{DecoderLayer, DecoderLayerConfig, KeyValue, SelfAttention};
 pub use embedding::Embedding;
 pub use gated_mlp::GatedMlp;

@@ -5,6 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, upsample_nearest_2x};
+use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, silu, upsample_conv};
 
 /// Epsilon of every group norm.
 pub(super) const GROUP_NORM_EPS: f64 = 1e-6;
@@ -151,6 +152,6 @@ impl Resample {
     /// # Shapes
     /// `[batch, channels, height, width]` to twice height and width.
     pub fn double(&self, x: Tensor<4>) -> Tensor<4> {
-        self.conv.forward(upsample_nearest_2x(x))
+        upsample_conv(x, &self.conv)
     }
 }
