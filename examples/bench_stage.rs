@@ -1,7 +1,7 @@
 //! How fast is one stage in a process of its own? `cargo run --release --example bench_stage -- --help`.
 //!
-//! `write DIR` makes the weights, `run prefill_300 --models DIR` prints one line of JSON, which `tools/bench/compare.py`
-//! sets beside that of other programs.
+//! `write DIR` makes the weights, `run prefill_300 --models DIR` prints one line of JSON, which
+//! `tools/bench/compare.py` sets beside that of other programs.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -85,10 +85,18 @@ fn main() -> anyhow::Result<()> {
                 fs::write(output, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
             }
             let line = json!({
-                "group": stage.group, "stage": stage.name, "program": "nexus",
-                "dtype": "bf16 weights, f32 activations", "times": times, "median": median(&times), "min": times.iter().copied().reduce(f64::min),
-                "max": times.iter().copied().reduce(f64::max), "threads": threads(), "load_seconds": load_seconds,
-                "start_bytes": start_bytes, "peak_bytes": peak_bytes,
+                "group": stage.group,
+                "stage": stage.name,
+                "program": "nexus",
+                "dtype": "bf16 weights, f32 activations",
+                "median": median(&times),
+                "min": times.iter().copied().reduce(f64::min),
+                "max": times.iter().copied().reduce(f64::max),
+                "times": times,
+                "threads": threads(),
+                "load_seconds": load_seconds,
+                "start_bytes": start_bytes,
+                "peak_bytes": peak_bytes,
             });
             println!("{line}");
         }
