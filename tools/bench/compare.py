@@ -24,6 +24,7 @@ import report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tools/bench"
+LAST_WRITTEN = "layers/single_block.safetensors"
 
 
 def machine_clock():
@@ -66,22 +67,24 @@ def build():
 
 
 def programs(arguments, nexus):
-    """Name -> command up to the name of the stage."""
-    torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(arguments.threads)]
+    """Name -> command up to the name of the stage, and number of threads."""
+    threads = arguments.threads
+    torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(threads)]
     commands = {
-        "nexus": [str(nexus), "run"],
-        "torch f32": [*torch, "--dtype", "f32"],
-        "torch bf16": [*torch, "--dtype", "bf16"],
+        "nexus": ([str(nexus), "run"], threads),
+        "torch f32": ([*torch, "--dtype", "f32"], threads),
+        "torch bf16": ([*torch, "--dtype", "bf16"], threads),
     }
     if arguments.candle:
-        commands["candle"] = [str(arguments.candle)]
+        commands["candle"] = ([str(arguments.candle)], threads)
+    if arguments.one_thread:
+        commands["nexus, one thread"] = ([str(nexus), "run"], 1)
     return commands
 
 
-def measure(arguments, command, stage, output):
+def measure(arguments, command, threads, stage, output):
     """One process: its line, with the cores that others used meanwhile; None if it has no such stage."""
-    threads = str(arguments.threads)
-    environment = os.environ | {name: threads for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = os.environ | {name: str(threads) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
     command = [*command, stage, "--models", str(arguments.models), "--output", str(output), *limits]
     best = None
@@ -108,8 +111,8 @@ def compare(arguments, commands, stage):
     lines = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
-            for name, command in commands.items():
-                line = measure(arguments, command, stage, Path(folder) / "values")
+            for name, (command, threads) in commands.items():
+                line = measure(arguments, command, threads, stage, Path(folder) / "values")
                 if line is not None:
                     lines[name].append(line)
     reference = lines["torch f32"][0]["values"]
@@ -132,22 +135,24 @@ def main():
     parser.add_argument("--models", type=Path, help="folder of the weights; written if it is not there")
     parser.add_argument("--results", type=Path, help="JSON file to add results to, for runs in several goes")
     parser.add_argument("--candle", type=Path, help="program built from tools/bench/candle, to be compared too")
+    parser.add_argument("--one-thread", action="store_true", help="compare with ourselves on one thread too")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="processes per program and stage")
     parser.add_argument("--runs", type=int, default=7, help="most runs in a process, after one to warm up")
     parser.add_argument("--seconds", type=float, default=5, help="no new run in a process after these")
-    parser.add_argument("--most-others", type=float, default=0.2, help="cores that others may use")
+    parser.add_argument("--most-others", type=float, default=report.MOST_OTHERS, help="cores that others may use")
     parser.add_argument("--wait", type=float, default=10, help="seconds to wait for others to stop, at most")
     parser.add_argument("--retries", type=int, default=1, help="how often a disturbed process is tried again")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, report what --results has")
     arguments = parser.parse_args()
-    nexus, target = build()
-    arguments.models = arguments.models or target / "bench-models"
     results = {"stages": {}}
     if arguments.results and arguments.results.exists():
         results = json.loads(arguments.results.read_text())
     if not arguments.report_only:
-        if not (arguments.models / "layers/single_block.safetensors").exists():
+        measured = commit()
+        nexus, target = build()
+        arguments.models = arguments.models or target / "bench-models"
+        if not (arguments.models / LAST_WRITTEN).exists():
             subprocess.run([nexus, "write", arguments.models], check=True)
         names = subprocess.run([nexus, "list"], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
         commands = programs(arguments, nexus)
@@ -155,7 +160,7 @@ def main():
             lines = compare(arguments, commands, stage)
             results["stages"][stage] = lines
             print(report.summary(stage, lines), flush=True)
-            results |= {"commit": commit(), "threads": arguments.threads, "machine": report.machine()}
+            results |= {"commit": measured, "threads": arguments.threads, "machine": report.machine()}
             results["stages"] = {name: results["stages"][name] for name in names if name in results["stages"]}
             if arguments.results:
                 arguments.results.write_text(json.dumps(results, indent=1))

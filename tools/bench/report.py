@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 NO_SUCH_STAGE = 3
+MOST_OTHERS = 0.25
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 REFERENCES = ("torch f32", "torch bf16")
 LABELS = {
@@ -25,8 +26,13 @@ LABELS = {
 }
 
 
+def undisturbed(lines):
+    return [line for line in lines if (line["others"] or 0) < MOST_OTHERS]
+
+
 def times(lines):
-    return [time for line in lines for time in line["times"]]
+    """Of the processes that others did not disturb, or of all if others disturbed all."""
+    return [time for line in undisturbed(lines) or lines for time in line["times"]]
 
 
 def median(lines, field):
@@ -60,6 +66,13 @@ def table(head, rows):
     return "\n".join(map(row, [head, ["---"] + ["---:"] * (len(head) - 1), *rows]))
 
 
+def ratio_cell(lines, name):
+    """Both ratios; bold if they can be trusted."""
+    median, fastest = f"{ratio(lines, name):.2f}", f"({ratio(lines, name, min):.2f})"
+    trusted = undisturbed(lines["nexus"]) and undisturbed(lines[name])
+    return f"**{median}** {fastest}" if trusted else f"~{median} {fastest}"
+
+
 def tables(results):
     names = programs(results)
     others = [name for name in names if name != "nexus"]
@@ -73,7 +86,7 @@ def tables(results):
     speed = [
         [LABELS.get(stage, stage)]
         + [of(lines, name, spread) for name in names]
-        + [f"**{ratio(lines, name):.2f}** ({ratio(lines, name, min):.2f})" if name in lines else "" for name in others]
+        + [of(lines, name, lambda _: ratio_cell(lines, name)) for name in others]
         + [f"{lines['nexus'][0]['distance']:.0e}", of(lines, "torch bf16", lambda of: f"{of[0]['distance']:.0e}")]
         for stage, lines in results["stages"].items()
     ]
