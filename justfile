@@ -16,6 +16,10 @@ test crate="":
 bench:
     cargo bench --bench stages
 
+# Stages next to PyTorch (needs tools/bench/requirements.txt); `just compare --docs` rewrites docs/performance.md.
+compare *arguments:
+    python tools/bench/compare.py {{ arguments }}
+
 # Makes the bundled random checkpoint and the parity fixtures again (needs tools/parity/requirements.txt).
 fixtures:
     python tools/parity/make_fixtures.py --out .

@@ -1,0 +1,125 @@
+//! How fast is one stage in a process of its own? `cargo run --release --example bench_stage -- --help`.
+//!
+//! `write DIR` makes the weights, `run prefill_300 --models DIR` prints one line of JSON, which
+//! `tools/bench/compare.py` sets beside that of other programs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    missing_docs,
+    reason = "a bench may panic and print"
+)]
+
+#[path = "../benches/stages/models.rs"]
+mod models;
+#[path = "../benches/stages/work.rs"]
+mod work;
+
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use clap::Parser;
+use serde_json::json;
+
+use models::Weights;
+use work::STAGES;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Times one stage, or writes the weights for it.
+#[derive(Parser)]
+enum Command {
+    /// Prints the names of the stages.
+    List,
+    /// Writes models with random weights into a folder.
+    Write {
+        /// Made if it is not there.
+        models: PathBuf,
+    },
+    /// Runs one stage: once to warm up, then until one of the limits is reached.
+    Run {
+        /// One of the names that `list` prints.
+        stage: String,
+        /// A folder that `write` made.
+        #[arg(long)]
+        models: PathBuf,
+        /// Most runs.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// No new run after this many seconds.
+        #[arg(long, default_value_t = 10.0)]
+        seconds: f64,
+        /// Where to write what the stage computed: little-endian f32.
+        #[arg(long)]
+        output: Option<PathBuf>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Command::parse() {
+        Command::List => STAGES.iter().for_each(|stage| println!("{}", stage.name)),
+        Command::Write { models } => models::write(&models)?,
+        Command::Run { stage, models, runs, seconds, output } => {
+            let stage = STAGES.iter().find(|known| known.name == stage).context("no such stage; see `list`")?;
+            let start_bytes = peak_bytes();
+            let start = Instant::now();
+            let mut work = (stage.load)(Weights::Files(&models));
+            let load_seconds = start.elapsed().as_secs_f64();
+            work.prepare();
+            let values = work.run();
+            let mut times = vec![];
+            let start = Instant::now();
+            while times.is_empty() || (times.len() < runs && start.elapsed() < Duration::from_secs_f64(seconds)) {
+                work.prepare();
+                let start = Instant::now();
+                std::hint::black_box(work.run());
+                times.push(start.elapsed().as_secs_f64() / work.parts() as f64);
+            }
+            let peak_bytes = peak_bytes();
+            if let Some(output) = output {
+                fs::write(output, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+            }
+            let line = json!({
+                "group": stage.group,
+                "stage": stage.name,
+                "program": "nexus",
+                "dtype": "bf16 weights, f32 activations",
+                "median": median(&times),
+                "min": times.iter().copied().reduce(f64::min),
+                "max": times.iter().copied().reduce(f64::max),
+                "times": times,
+                "threads": threads(),
+                "load_seconds": load_seconds,
+                "start_bytes": start_bytes,
+                "peak_bytes": peak_bytes,
+            });
+            println!("{line}");
+        }
+    }
+    Ok(())
+}
+
+fn median(times: &[f64]) -> f64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
+}
+
+/// Threads of rayon, which the CPU backend runs on.
+fn threads() -> usize {
+    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
+    asked.filter(|&threads| threads > 0).unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
+}
+
+/// Largest resident size of this process so far, where the system tells: mapped files that were read count too.
+fn peak_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
