@@ -13,13 +13,13 @@ mod level;
 mod linear;
 mod norm;
 mod rotary;
-mod simd;
 mod rows;
+mod simd;
 mod view;
 
-pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
+pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};
 pub(crate) use level::Level;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};

@@ -14,7 +14,6 @@ mod norm;
 mod rotary;
 
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
-pub use activation::{gelu, gelu_tanh, quick_gelu, relu, silu};
 #[cfg(all(test, feature = "flex"))]
 pub(crate) use attention::tests::naive as naive_attention;
 pub use attention::{Attention, Visibility, attention};

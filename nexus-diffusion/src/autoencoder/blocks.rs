@@ -4,8 +4,7 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, upsample_nearest_2x};
-use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, silu, upsample_conv};
+use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, upsample_conv};
 
 /// Epsilon of every group norm.
 pub(super) const GROUP_NORM_EPS: f64 = 1e-6;
