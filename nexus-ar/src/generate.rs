@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ArError, ArModel, KvCache, NUM_IMAGE_TOKENS, Sampler, SamplingOptions, image_position_ids, position_ids};
 
+/// New tokens for which memory is taken at the start; few replies are longer.
+const RESERVED_TOKENS: usize = 256;
+
 /// What the model continues.
 #[derive(Debug, Clone, Copy)]
 pub struct Prompt<'a> {
@@ -236,11 +239,12 @@ impl<'a> Reply<'a> {
         let grids: Vec<GridThw> = prompt.images.iter().map(|image| image.grid).collect();
         let embeds = model.embed(prompt.token_ids, prompt.images, options.dtype)?;
         let positions = position_ids(prompt.token_ids, &grids, &model.config().token_ids)?;
+        let limit = context.min(tokens + options.max_new_tokens);
         let mut reply = Self {
             model,
             options,
-            cache: KvCache::new(),
-            limit: context.min(tokens + options.max_new_tokens),
+            cache: KvCache::with_capacity(limit.min(tokens + RESERVED_TOKENS)),
+            limit,
             delta: positions.delta,
             generation: Generation {
                 token_ids: prompt.token_ids.to_vec(),

@@ -5,7 +5,8 @@ use nexus_core::nn::KeyValue;
 /// One entry per layer, growing with every forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
-    pub(crate) layers: Vec<Option<KeyValue>>,
+    layers: Vec<KeyValue>,
+    capacity: usize,
 }
 
 impl KvCache {
@@ -14,9 +15,20 @@ impl KvCache {
         Self::default()
     }
 
+    /// An empty cache that takes memory for this many tokens at once; it may grow beyond.
+    pub fn with_capacity(tokens: usize) -> Self {
+        Self { layers: vec![], capacity: tokens }
+    }
+
+    /// The entries of a model with so many layers.
+    pub(crate) fn entries(&mut self, layers: usize) -> &mut [KeyValue] {
+        self.layers.resize_with(layers, || KeyValue::with_capacity(self.capacity));
+        &mut self.layers
+    }
+
     /// Number of tokens held.
     pub fn len(&self) -> usize {
-        self.layers.first().and_then(Option::as_ref).map_or(0, |layer| layer.keys.dims()[1])
+        self.layers.first().map_or(0, KeyValue::len)
     }
 
     /// Whether no token has been seen.

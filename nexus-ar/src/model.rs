@@ -167,9 +167,8 @@ impl ArModel {
         let mut unused = KvCache::new();
         let keep = cache.is_some();
         let cache = cache.unwrap_or(&mut unused);
-        cache.layers.resize(self.model.layers.len(), None);
         let mut x = embeds;
-        for (layer, entry) in self.model.layers.iter().zip(&mut cache.layers) {
+        for (layer, entry) in self.model.layers.iter().zip(cache.entries(self.model.layers.len())) {
             x = layer.forward(x, &rotary, Visibility::Causal, keep.then_some(entry));
         }
         self.model.norm.forward(x)

@@ -5,7 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use super::{Attention, GatedMlp, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
+use super::{Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
 
 /// Sizes of a [`DecoderLayer`].
 #[derive(Debug, Clone, PartialEq)]
@@ -75,15 +75,6 @@ pub struct SelfAttention {
     head_dim: usize,
 }
 
-/// Keys and values of the tokens that a layer has seen; the caller owns them.
-#[derive(Debug, Clone)]
-pub struct KeyValue {
-    /// `[batch, tokens, kv_heads, head_dim]`, rotated.
-    pub keys: Tensor<4>,
-    /// `[batch, tokens, kv_heads, head_dim]`.
-    pub values: Tensor<4>,
-}
-
 impl DecoderLayer {
     /// Runs the layer over new tokens, after those in `cache`, and adds the new ones to it.
     ///
@@ -96,7 +87,7 @@ impl DecoderLayer {
         x: Tensor<3>,
         rotary: &RotaryTable,
         visibility: Visibility<'_>,
-        cache: Option<&mut Option<KeyValue>>,
+        cache: Option<&mut KeyValue>,
     ) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
         let x = x + self.self_attn.forward(normed, rotary, visibility, cache);
@@ -112,17 +103,13 @@ impl SelfAttention {
         x: Tensor<3>,
         rotary: &RotaryTable,
         visibility: Visibility<'_>,
-        cache: Option<&mut Option<KeyValue>>,
+        cache: Option<&mut KeyValue>,
     ) -> Tensor<3> {
         let q = rotate_half(self.heads(self.q_proj.forward(x.clone())), rotary);
         let mut keys = rotate_half(self.heads(self.k_proj.forward(x.clone())), rotary);
         let mut values = self.heads(self.v_proj.forward(x));
         if let Some(cache) = cache {
-            if let Some(past) = cache.take() {
-                keys = Tensor::cat(vec![past.keys, keys], 1);
-                values = Tensor::cat(vec![past.values, values], 1);
-            }
-            *cache = Some(KeyValue { keys: keys.clone(), values: values.clone() });
+            [keys, values] = cache.append(keys, values);
         }
         self.o_proj.forward(attention(q, keys, values, Attention { visibility, ..Default::default() }))
     }
@@ -156,7 +143,7 @@ mod tests {
         let x = ramp([1, 7, 32], 4);
         let table = rotary.table(&positions, &cpu());
         let whole = layer.forward(x.clone(), &table, Visibility::Causal, None);
-        let mut cache = None;
+        let mut cache = KeyValue::default();
         let mut parts = vec![];
         for (start, end) in [(0, 3), (3, 4), (4, 7)] {
             let table = rotary.table(&positions[start..end], &cpu());
@@ -164,6 +151,6 @@ mod tests {
             parts.push(layer.forward(chunk, &table, Visibility::Causal, Some(&mut cache)));
         }
         assert_close_tensors(&Tensor::cat(parts, 1), &whole, 1e-5);
-        assert_eq!(cache.unwrap().keys.dims(), [1, 7, 2, 8]);
+        assert_eq!(cache.len(), 7);
     }
 }

@@ -117,10 +117,12 @@ impl T5Encoder {
 
     /// What each pair of positions adds to the scores: `[1, heads, queries, keys]`.
     fn position_bias(&self, tokens: usize, dtype: FloatDType, device: &Device) -> Tensor<4> {
-        let [num_buckets, _] = self.relative_attention_bias.weight.dims();
+        let [num_buckets, heads] = self.relative_attention_bias.weight.dims();
         let buckets = position_buckets(tokens, num_buckets, self.max_distance);
         let buckets: Tensor<2, Int> = Tensor::from_data(TensorData::new(buckets, [tokens, tokens]), device);
-        self.relative_attention_bias.forward(buckets, dtype).permute([2, 0, 1]).unsqueeze_dim(0)
+        let bias = self.relative_attention_bias.forward(buckets, dtype).permute([2, 0, 1]);
+        // The reshape copies, once for all blocks, which read keys side by side.
+        bias.reshape([1, heads, tokens, tokens])
     }
 }
 
