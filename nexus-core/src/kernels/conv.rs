@@ -9,6 +9,8 @@ mod product;
 mod winograd;
 mod work;
 
+use std::ops::Deref;
+
 use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -75,8 +77,7 @@ fn conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> 
         (grid[2], grid[3]) = (1, height * width);
     }
     let weights = gather::pack(&operands.weight, inputs * kernel * kernel);
-    let pixels = operands.x.contiguous()?;
-    let fill = |out: &Output| gather::convolve(level, pixels, &geometry, &weights, &operands.bias, out);
+    let fill = |out: &Output| gather::convolve(level, &operands.x, &geometry, &weights, &operands.bias, out);
     // SAFETY: `convolve` writes all of it.
     #[allow(unsafe_code)]
     let values = unsafe { Output::collect(grid, fill) };
@@ -93,7 +94,7 @@ fn winograd_at(level: Level, picture: Picture, x: &Tensor<4>, filter: &Filter) -
     let scale = if picture == Picture::Doubled { 2 } else { 1 };
     let shape = [batch, operands.bias.len(), scale * height, scale * width];
     let weights = winograd::pack(level, picture, &operands.weight, inputs);
-    let pixels = (operands.x.contiguous()?, [inputs, height, width]);
+    let pixels = (&*operands.x, [inputs, height, width]);
     let fill = |out: &Output| winograd::convolve(level, picture, pixels, &weights, &operands.bias, out);
     // SAFETY: `convolve` writes all of it.
     #[allow(unsafe_code)]
@@ -110,9 +111,9 @@ impl Filter {
 
 /// What a kernel reads, in row-major order and f32.
 struct Operands {
-    x: View,
-    weight: Vec<f32>,
-    bias: Vec<f32>,
+    x: Floats,
+    weight: Floats,
+    bias: Floats,
 }
 
 impl Operands {
@@ -122,19 +123,37 @@ impl Operands {
         if is_empty || inputs != weight_inputs {
             return None;
         }
-        let (weight, bias) = (floats(&filter.weight)?, floats(&filter.bias)?);
-        Some(Self { x: View::f32(x)?.into_contiguous(), weight, bias })
+        let x = Floats::InPlace(View::f32(x)?.into_contiguous());
+        Some(Self { x, weight: Floats::of(&filter.weight)?, bias: Floats::of(&filter.bias)? })
     }
 }
 
 /// The values of a float tensor in row-major order.
-fn floats<const D: usize>(tensor: &Tensor<D>) -> Option<Vec<f32>> {
-    let view = View::of(tensor)?.into_contiguous();
-    match view.dtype() {
-        DType::F32 => Some(view.contiguous::<f32>()?.to_vec()),
-        DType::BF16 => Some(view.contiguous::<bf16>()?.par_iter().map(|value| value.to_f32()).collect()),
-        DType::F16 => Some(view.contiguous::<f16>()?.par_iter().map(|value| value.to_f32()).collect()),
-        _ => None,
+enum Floats {
+    InPlace(View),
+    Widened(Vec<f32>),
+}
+
+impl Floats {
+    fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        let view = View::of(tensor)?.into_contiguous();
+        Some(match view.dtype() {
+            DType::F32 => Self::InPlace(view),
+            DType::BF16 => Self::Widened(view.contiguous::<bf16>()?.par_iter().map(|value| value.to_f32()).collect()),
+            DType::F16 => Self::Widened(view.contiguous::<f16>()?.par_iter().map(|value| value.to_f32()).collect()),
+            _ => return None,
+        })
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::InPlace(view) => view.contiguous().expect("made contiguous"),
+            Self::Widened(values) => values,
+        }
     }
 }
 
@@ -221,6 +240,18 @@ mod tests {
                     let y = conv2d_at(level, &x, &filter).unwrap();
                     assert_direct(&y, &x, &filter, &format!("{level:?} {config:?} {height}x{width}"));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_over_many_channels_stay_exact() {
+        let x = ramp([1, 512, 3, 4], 3).abs();
+        for config in [Conv2dConfig::same(512, 3, 3), Conv2dConfig { outputs: 3, ..Conv2dConfig::halving(512) }] {
+            let filter = filter(config, DType::F32);
+            for level in Level::available() {
+                let y = conv2d_at(level, &x, &filter).unwrap();
+                assert_direct(&y, &x, &filter, &format!("{level:?} {config:?}"));
             }
         }
     }

@@ -9,6 +9,9 @@ use super::{
 };
 use crate::kernels::Level;
 
+/// Products that are added up one by one; sums of more are sums of such sums, which round less.
+const CHUNK: usize = 512;
+
 /// Reorders weights `[out, depth]` as blocks of output channels `[blocks, depth, ROWS]`, with zeros after the last.
 pub(super) fn pack(weights: &[f32], depth: usize) -> Vec<f32> {
     let outputs = weights.len() / depth;
@@ -32,13 +35,18 @@ pub(super) fn pack(weights: &[f32], depth: usize) -> Vec<f32> {
 pub(super) fn convolve(level: Level, x: &[f32], geometry: &Geometry, weights: &[f32], bias: &[f32], out: &Output) {
     let depth = geometry.inputs * geometry.kernel * geometry.kernel;
     let [batch, outputs, height, width] = out.shape();
-    let scratch = || (vec![0.0; depth * COLS], [0.0; ROWS * COLS]);
-    for_each_task([batch, height, width], outputs, scratch, |(panel, sums), task| {
+    let scratch = || (vec![0.0; depth * COLS], [0.0; ROWS * COLS], [0.0; ROWS * COLS]);
+    for_each_task([batch, height, width], outputs, scratch, |(panel, sums, part), task| {
         for run in &task.runs {
             gather(x, geometry, *run, panel);
         }
         for block in task.blocks.clone() {
-            product(level, &weights[block * depth * ROWS..][..depth * ROWS], panel, sums);
+            sums.fill(0.0);
+            let weights = &weights[block * depth * ROWS..][..depth * ROWS];
+            for (weights, panel) in weights.chunks(CHUNK * ROWS).zip(panel.chunks(CHUNK * COLS)) {
+                product(level, weights, panel, part);
+                sums.iter_mut().zip(&*part).for_each(|(sum, part)| *sum += part);
+            }
             for (lane, sums) in sums.chunks_exact_mut(COLS).enumerate() {
                 let channel = block * ROWS + lane;
                 let Some(bias) = bias.get(channel) else { break };
