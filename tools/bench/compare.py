@@ -159,9 +159,11 @@ def main():
         commands = programs(arguments, nexus)
         for stage in arguments.stages or names:
             lines = compare(arguments, commands, stage)
+            for line in (line for of in lines.values() for line in of):
+                line["commit"] = measured
             results["stages"][stage] = lines
             print(report.summary(stage, lines), flush=True)
-            results |= {"commit": measured, "threads": arguments.threads, "machine": report.machine()}
+            results |= {"threads": arguments.threads, "machine": report.machine()}
             results["stages"] = {name: results["stages"][name] for name in names if name in results["stages"]}
             if arguments.results:
                 arguments.results.write_text(json.dumps(results, indent=1))
