@@ -84,7 +84,8 @@ def programs(arguments, nexus):
 
 def measure(arguments, command, threads, stage, output):
     """One process: its line, with the cores that others used meanwhile; None if it has no such stage."""
-    environment = os.environ | {name: str(threads) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    variables = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = os.environ | {name: str(threads) for name in variables}
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
     command = [*command, stage, "--models", str(arguments.models), "--output", str(output), *limits]
     best = None
@@ -158,9 +159,11 @@ def main():
         commands = programs(arguments, nexus)
         for stage in arguments.stages or names:
             lines = compare(arguments, commands, stage)
+            for line in (line for of in lines.values() for line in of):
+                line["commit"] = measured
             results["stages"][stage] = lines
             print(report.summary(stage, lines), flush=True)
-            results |= {"commit": measured, "threads": arguments.threads, "machine": report.machine()}
+            results |= {"threads": arguments.threads, "machine": report.machine()}
             results["stages"] = {name: results["stages"][name] for name in names if name in results["stages"]}
             if arguments.results:
                 arguments.results.write_text(json.dumps(results, indent=1))

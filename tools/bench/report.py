@@ -120,11 +120,12 @@ def machine():
 
 def measured(results):
     lines = [line for lines in results["stages"].values() for lines in lines.values() for line in lines]
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(line["commit"] for line in lines))
     torch = next(line["program"] for line in lines if line["program"].startswith("torch"))
     known = [line["others"] for line in lines if line["others"] is not None]
     others = f" Other processes used {statistics.mean(known):.2f} cores on average." if known else ""
     return (
-        f"Commit `{results['commit']}`, {torch}; a machine with {results['machine']}; {results['threads']} threads."
+        f"Commit {commits}, {torch}; a machine with {results['machine']}; {results['threads']} threads."
         f"{others}\n\n![Ratios](performance.svg)\n\n{tables(results)}"
     )
 
