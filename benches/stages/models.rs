@@ -18,7 +18,7 @@ use nexus::{
         Autoencoder, GenerationDecoder,
         config::{AutoencoderConfig, DiffusionConfig, DitConfig, MergerConfig, MergerVisionConfig},
         transformer::{DoubleBlock, SingleBlock},
-        weights::{AUTOENCODER, GENERATION_DECODER},
+        weights::{AUTOENCODER, FLUX1_DEV, GENERATION_DECODER},
     },
     vision_encoder::{VisionConfig, VisionEncoder},
 };
@@ -29,6 +29,7 @@ const LANGUAGE_MODEL: &str = "Nexus-GenV2";
 const VISION_SHARD: &str = "model-00001-of-00002.safetensors";
 const AR_SHARD: &str = "model-00002-of-00002.safetensors";
 const DECODER: &str = "Nexus-GenV2/generation_decoder.safetensors";
+const FLUX: &str = "FLUX/FLUX.1-dev/flux1-dev.safetensors";
 const AE: &str = "FLUX/FLUX.1-dev/ae.safetensors";
 const DECODER_LAYER: &str = "layers/decoder_layer.safetensors";
 const DOUBLE_BLOCK: &str = "layers/double_block.safetensors";
@@ -177,7 +178,10 @@ pub fn write(dir: &Path) -> Result<(), CheckpointError> {
     save_json("decoder_config.json", json!(diffusion_config().dit));
     save_module(&encoder, &nexus::vision_encoder::NAMES, &language_model.join(VISION_SHARD), None)?;
     save_module(&ar, &nexus::ar::NAMES, &language_model.join(AR_SHARD), None)?;
-    save_module(&weights.decoder(), &GENERATION_DECODER, &dir.join(DECODER), None)?;
+    let decoder = weights.decoder();
+    save_module(&decoder, &GENERATION_DECODER, &dir.join(DECODER), None)?;
+    // The same transformer under the names that other FLUX programs know, but with our order of the last modulation.
+    save_module(&decoder.dit, &FLUX1_DEV, &dir.join(FLUX), None)?;
     save_module(&weights.autoencoder(), &AUTOENCODER, &dir.join(AE), None)?;
     save_module(&weights.decoder_layer(), &LAYER, &dir.join(DECODER_LAYER), None)?;
     save_module(&weights.double_block(), &LAYER, &dir.join(DOUBLE_BLOCK), None)?;
