@@ -459,7 +459,7 @@ fn manifests_name_what_differs() {
     let differences = |tensors: Vec<(String, TensorData)>| match manifest.verify(&written(tensors), &mut |_| {}) {
         Err(error @ CheckpointError::ManifestMismatch { .. }) => {
             assert!(error.to_string().contains("model."), "{error}");
-            let CheckpointError::ManifestMismatch { differences, .. } = error else { unreachable!() };
+            let CheckpointError::ManifestMismatch { differences, .. } = error else { panic!("{error}") };
             differences
         }
         other => panic!("{other:?}"),
