@@ -20,6 +20,7 @@ mod load;
 mod manifest;
 mod names;
 mod open;
+mod path;
 mod pickle;
 mod report;
 mod torch;
@@ -29,6 +30,8 @@ mod zip;
 
 pub use error::CheckpointError;
 pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module};
+#[cfg(feature = "train")]
+pub(crate) use path::{ModulePath, follow_path};
 pub use manifest::{Manifest, ManifestDifference, ManifestProgress, ManifestTensor};
 pub use names::WeightNames;
 pub use report::{LoadReport, Missing, Unused, WrongDType, WrongShape};

@@ -14,5 +14,7 @@ mod kernels;
 pub mod nn;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};

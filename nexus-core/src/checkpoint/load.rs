@@ -8,6 +8,7 @@ use burn::tensor::{Bool, DType, Device, ExecutionError, FloatDType, Int, Tensor,
 
 use super::error::CheckpointError;
 use super::names::WeightNames;
+use super::path::{ModulePath, follow_path};
 use super::report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
 use super::values::{self, NonFinite};
 use super::write::{Planned, PlannedFile, native_bool, write_planned};
@@ -179,28 +180,6 @@ fn loaded_dtype(kind: Kind, stored: DType, options: &LoadOptions) -> DType {
         (Kind::Float, LoadDType::Convert(dtype)) => dtype.into(),
         _ => stored,
     }
-}
-
-/// Where a traversal is in a module.
-#[derive(Default)]
-struct ModulePath(Vec<String>);
-
-impl ModulePath {
-    fn file_name(&self, names: &WeightNames) -> String {
-        names.file_name(&self.0.join("."))
-    }
-}
-
-macro_rules! follow_path {
-    () => {
-        fn enter_module(&mut self, name: &str, _container_type: &str) {
-            self.path.0.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container_type: &str) {
-            self.path.0.pop();
-        }
-    };
 }
 
 /// Collects what a module needs without initialising it.

@@ -1,0 +1,219 @@
+//! AdamW over the parameters of a module: gradients by name -> the module after one step.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::{GradientSum, TrainStateError};
+use crate::checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
+
+/// Names of the moments in a saved state, as PyTorch calls them.
+const MOMENTS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
+
+/// Name of the number of steps of each parameter in a saved state.
+const STEP: &str = "step.";
+
+/// Settings of AdamW; the defaults are PyTorch's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWOptions {
+    /// Decay rates of the moments.
+    pub betas: [f32; 2],
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+/// AdamW with the moments of every parameter, by name.
+pub struct Optimizer {
+    adamw: AdamW,
+    options: AdamWOptions,
+    states: BTreeMap<String, AdamWState<1>>,
+}
+
+impl Optimizer {
+    /// An optimizer that has seen no step.
+    pub fn new(options: AdamWOptions) -> Self {
+        let AdamWOptions { betas: [beta_1, beta_2], eps, .. } = options;
+        let config = AdamWConfig::new().with_beta_1(beta_1).with_beta_2(beta_2).with_epsilon(eps);
+        Self { adamw: config.with_weight_decay(options.weight_decay).build(), options, states: BTreeMap::new() }
+    }
+
+    /// Its settings.
+    pub fn options(&self) -> AdamWOptions {
+        self.options
+    }
+
+    /// The module after one step along the gradients; parameters without a gradient stay as they are.
+    pub fn step<M: Module>(&mut self, module: M, names: &WeightNames, gradients: GradientSum, lr: f64) -> M {
+        module.map(&mut Stepper { optimizer: self, names, gradients, lr, path: ModulePath::default() })
+    }
+
+    /// The moments as tensors, to be saved.
+    ///
+    /// # Errors
+    /// [`TrainStateError::Read`].
+    pub fn state(&self) -> Result<Vec<(String, TensorData)>, TrainStateError> {
+        let mut tensors = Vec::with_capacity(3 * self.states.len());
+        for (name, state) in &self.states {
+            let AdaptiveMomentumState { time, moment_1, moment_2, .. } = &state.momentum;
+            for (prefix, moment) in MOMENTS.into_iter().zip([moment_1, moment_2]) {
+                let read = |error| TrainStateError::Read { parameter: name.clone(), reason: format!("{error:?}") };
+                tensors.push((format!("{prefix}{name}"), moment.clone().try_into_data().map_err(read)?));
+            }
+            tensors.push((format!("{STEP}{name}"), TensorData::new(vec![*time as i64], [1])));
+        }
+        Ok(tensors)
+    }
+
+    /// Takes up the moments of a saved state; `sizes` are the names and numbers of elements of the trained parameters.
+    ///
+    /// # Errors
+    /// [`TrainStateError::State`] if a moment is missing or of another size, [`TrainStateError::Checkpoint`].
+    pub fn restore(
+        options: AdamWOptions,
+        saved: &Checkpoint,
+        sizes: &[(String, usize)],
+        device: &Device,
+    ) -> Result<Self, TrainStateError> {
+        let mut optimizer = Self::new(options);
+        for (name, expected) in sizes {
+            let read = |prefix: &str, expected: usize| {
+                let tensor = format!("{prefix}{name}");
+                match saved.contains(&tensor) {
+                    true => Ok(saved.data(&tensor)?).and_then(|data| match data.shape().num_elements() == expected {
+                        true => Ok(data),
+                        false => Err(TrainStateError::State { tensor, expected }),
+                    }),
+                    false => Err(TrainStateError::State { tensor, expected }),
+                }
+            };
+            let [moment_1, moment_2] = MOMENTS.map(|prefix| -> Result<Tensor<1>, TrainStateError> {
+                Ok(Tensor::from_data(read(prefix, *expected)?, (device, DType::F32)))
+            });
+            let (moment_1, moment_2) = (moment_1?, moment_2?);
+            let time = read(STEP, 1)?.try_to_vec_as::<i64>().ok().and_then(|time| usize::try_from(time[0]).ok());
+            let Some(time) = time else {
+                return Err(TrainStateError::State { tensor: format!("{STEP}{name}"), expected: 1 });
+            };
+            let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
+            optimizer.states.insert(name.clone(), AdamWState { momentum });
+        }
+        Ok(optimizer)
+    }
+}
+
+struct Stepper<'a> {
+    optimizer: &'a mut Optimizer,
+    names: &'a WeightNames,
+    gradients: GradientSum,
+    lr: f64,
+    path: ModulePath,
+}
+
+impl ModuleMapper for Stepper<'_> {
+    follow_path!();
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let name = self.path.file_name(self.names);
+        let Some(gradient) = self.gradients.by_name.remove(&name) else { return param };
+        let (id, value, mapper) = param.consume();
+        let dims = value.dims();
+        let strategy = value.gradient_checkpointing_strategy();
+        let flat = value.inner().reshape([gradient.dims()[0]]);
+        let state = self.optimizer.states.remove(&name);
+        let (flat, state) = self.optimizer.adamw.step(self.lr, flat, gradient, state);
+        if let Some(state) = state {
+            self.optimizer.states.insert(name, state);
+        }
+        let mut value: Tensor<D> = Tensor::from_inner(flat.reshape(dims));
+        if let Some(strategy) = strategy {
+            value = value.with_gradient_checkpointing_strategy(strategy);
+        }
+        Param::from_mapped_value(id, value.require_grad(), mapper)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::write_safetensors,
+        nn::Linear,
+        testing::{assert_close, cpu, ramp},
+    };
+
+    const NAMES: WeightNames = WeightNames { prefix: "layer.", renames: &[], unused: &[] };
+
+    fn layer() -> Linear {
+        let mut layer = Linear::without_bias(2, 2, &cpu().autodiff());
+        layer.weight = Param::from_tensor(Tensor::from_inner(ramp([2, 2], 3)).require_grad());
+        layer
+    }
+
+    fn gradients(layer: &Linear, seed: usize) -> GradientSum {
+        let loss = layer.forward(Tensor::<2>::from_inner(ramp([3, 2], seed))).powi_scalar(2).sum();
+        let mut sum = GradientSum::new();
+        sum.add(loss.backward(), layer, &NAMES);
+        sum
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    /// PyTorch's formula, in f64.
+    #[test]
+    fn steps_are_those_of_decoupled_weight_decay() {
+        let options = AdamWOptions { betas: [0.8, 0.95], eps: 1e-3, weight_decay: 0.1 };
+        let (mut optimizer, mut layer) = (Optimizer::new(options), layer());
+        let mut expected: Vec<f64> = values(layer.weight.val()).into_iter().map(f64::from).collect();
+        let (mut first, mut second) = (vec![0.0; 4], vec![0.0; 4]);
+        for step in 1..=3 {
+            let sum = gradients(&layer, step);
+            let gradient = values(sum.get("layer.weight").unwrap().clone());
+            layer = optimizer.step(layer, &NAMES, sum, 0.01);
+            for i in 0..4 {
+                let gradient = f64::from(gradient[i]);
+                first[i] = 0.8 * first[i] + 0.2 * gradient;
+                second[i] = 0.95 * second[i] + 0.05 * gradient * gradient;
+                let (m, v) = (first[i] / (1.0 - 0.8f64.powi(step as i32)), second[i] / (1.0 - 0.95f64.powi(step as i32)));
+                expected[i] = expected[i] * (1.0 - 0.01 * 0.1) - 0.01 * m / (v.sqrt() + 1e-3);
+            }
+            let expected: Vec<f32> = expected.iter().map(|&value| value as f32).collect();
+            assert_close(&layer.weight.val().inner(), &expected, 1e-6);
+        }
+        assert!(layer.weight.val().is_require_grad());
+    }
+
+    #[test]
+    fn a_restored_optimizer_goes_on_bit_for_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("optimizer.safetensors");
+        let options = AdamWOptions::default();
+        let mut optimizer = Optimizer::new(options);
+        let first = layer();
+        let sum = gradients(&first, 1);
+        let first = optimizer.step(first, &NAMES, sum, 0.01);
+        write_safetensors(&path, optimizer.state().unwrap(), None).unwrap();
+        let sizes = [("layer.weight".to_string(), 4)];
+        let saved = Checkpoint::open(&path).unwrap();
+        let mut restored = Optimizer::restore(options, &saved, &sizes, &cpu()).unwrap();
+        let went_on = optimizer.step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
+        let resumed = restored.step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
+        assert_eq!(values(went_on.weight.val()), values(resumed.weight.val()));
+        let other = [("layer.weight".to_string(), 5)];
+        let error = Optimizer::restore(options, &saved, &other, &cpu()).err().unwrap();
+        assert!(matches!(error, TrainStateError::State { expected: 5, .. }), "{error}");
+    }
+}

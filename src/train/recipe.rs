@@ -1,0 +1,375 @@
+//! Recipes: one JSON file -> what is trained, from what, on which data, in which stages.
+
+use std::path::{Path, PathBuf};
+
+use nexus_core::{
+    config::{ConfigError, read_json},
+    train::{AdamWOptions, InitialWeights, NamePattern},
+};
+use nexus_data::world;
+use serde::{Deserialize, Serialize};
+
+/// What a run trains and how.
+///
+/// Unknown fields are refused: a misspelt one would otherwise train with a default.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Command line that runs the recipe; for readers.
+    pub command: String,
+    /// How long it takes on which machine; for readers.
+    pub time: String,
+    /// What comes out of it; for readers.
+    pub expected: String,
+    /// The part of the model that is trained.
+    pub part: TrainedPart,
+    /// Seed of data order, noise and drop-out.
+    pub seed: u64,
+    /// What the weights begin with.
+    #[serde(default)]
+    pub initial: Initial,
+    /// Steps between two checkpoints.
+    #[serde(default = "five_hundred")]
+    pub checkpoint_every: usize,
+    /// Checkpoints that are kept.
+    #[serde(default = "two")]
+    pub keep_checkpoints: usize,
+    /// Steps between two lines of metrics.
+    #[serde(default = "ten")]
+    pub log_every: usize,
+    /// Steps between two sheets of sample pictures; never if absent.
+    #[serde(default)]
+    pub sample_every: Option<usize>,
+    /// Bad samples after which the run stops.
+    #[serde(default = "hundred")]
+    pub max_rejected: usize,
+    /// Stages, one after the other; each begins with a fresh optimizer.
+    pub stages: Vec<StageRecipe>,
+}
+
+/// A part of the model that is trained on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum TrainedPart {
+    /// FLUX's autoencoder, by reconstruction.
+    Autoencoder,
+    /// The vision encoder, together with the language model and a head that draws its embeddings, which is thrown away.
+    VisionEncoder,
+    /// The language model with vision head and prefill embeddings.
+    Autoregressive,
+    /// Adapter and transformer of the generation decoder.
+    GenerationDecoder,
+    /// Merger and transformer of the editing decoder.
+    EditingDecoder,
+}
+
+/// What the weights of a run begin with.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Initial {
+    /// The weights in the model's directory.
+    #[default]
+    Checkpoint,
+    /// Seeded random values; the directory needs only the configuration of this part.
+    Random(InitialWeights),
+}
+
+/// One stage of a recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageRecipe {
+    /// Name for progress and metrics.
+    pub name: String,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Samples of one forward pass.
+    pub batch_size: usize,
+    /// Forward passes of one step; their gradients are averaged.
+    #[serde(default = "one")]
+    pub accumulation: usize,
+    /// Sources and their shares.
+    pub data: Vec<DataRecipe>,
+    /// Parameters that stay as they are, by their names in the released files.
+    #[serde(default)]
+    pub frozen: Vec<NamePattern>,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Steps over which the learning rate rises from zero.
+    #[serde(default)]
+    pub warmup_steps: usize,
+    /// What it does afterwards.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Settings of AdamW.
+    #[serde(default)]
+    pub optimizer: AdamWOptions,
+    /// Largest norm of all gradients together; longer ones are scaled down to it.
+    #[serde(default)]
+    pub max_grad_norm: Option<f64>,
+    /// Decay of the averaged weights, which are exported instead of the last ones.
+    #[serde(default)]
+    pub ema_decay: Option<f64>,
+    /// Dtype of the activations; the weights of the optimizer are f32 always.
+    #[serde(default)]
+    pub compute_dtype: ComputeDType,
+    /// Recomputes activations in the backward pass instead of keeping them: less memory, more time.
+    #[serde(default)]
+    pub recompute: bool,
+    /// What the losses weigh.
+    #[serde(default)]
+    pub loss: LossRecipe,
+    /// Settings of the decoders' stages.
+    #[serde(default)]
+    pub decoder: DecoderRecipe,
+}
+
+/// A source of samples and its share.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRecipe {
+    /// Where the samples come from.
+    pub source: Source,
+    /// Share among the sources of the stage.
+    pub weight: f64,
+}
+
+/// Where samples come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum Source {
+    /// Scenes of [`nexus_data::world`]: unlimited.
+    World {
+        /// Seed of the world.
+        seed: u64,
+        /// What the samples ask for.
+        task: world::Task,
+    },
+    /// A JSON-lines file of conversations; a relative path is looked for beside the recipe.
+    Messages {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Course of the learning rate after warming up.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Schedule {
+    /// Stays.
+    #[default]
+    Constant,
+    /// Falls along half a cosine to this share of the highest rate.
+    Cosine {
+        /// Share that is left at the end, in `0..=1`.
+        end: f64,
+    },
+}
+
+/// Dtype of the activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputeDType {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// What the parts of the losses weigh; each part of the model reads its own fields.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LossRecipe {
+    /// Autoregressive: cross-entropy of text.
+    pub token_weight: f64,
+    /// Autoregressive: error of predicted embeddings.
+    pub image_weight: f64,
+    /// Autoregressive: whether image positions hold prefill embeddings (the model's way) or the true embedding before.
+    pub prefill: bool,
+    /// Vision encoder: reconstruction of pixels and positions from embeddings.
+    pub appearance_weight: f64,
+    /// Vision encoder: noise on the embeddings before reconstruction, relative to their size.
+    pub embeds_noise: f64,
+    /// Autoencoder: differences of neighbouring pixels.
+    pub gradient_weight: f64,
+    /// Autoencoder: divergence of the latents from the normal distribution.
+    pub kl_weight: f64,
+}
+
+impl Default for LossRecipe {
+    fn default() -> Self {
+        Self {
+            token_weight: 3.0,
+            image_weight: 3.0,
+            prefill: true,
+            appearance_weight: 1.0,
+            embeds_noise: 0.2,
+            gradient_weight: 1.0,
+            kl_weight: 1e-6,
+        }
+    }
+}
+
+/// What only the decoders' stages need.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DecoderRecipe {
+    /// Side of the pictures, in pixels, a multiple of 16.
+    pub picture_px: usize,
+    /// FLUX's embedded guidance.
+    pub embedded_guidance: f64,
+    /// Share of samples that see no condition (all zeros).
+    pub condition_dropout: f64,
+    /// Share of samples that are conditioned on the autoregressive model's prediction instead of the true embeddings.
+    pub predicted_embeds: f64,
+}
+
+impl Default for DecoderRecipe {
+    fn default() -> Self {
+        Self { picture_px: 512, embedded_guidance: 3.5, condition_dropout: 0.0, predicted_embeds: 0.0 }
+    }
+}
+
+impl Recipe {
+    /// Reads and checks a recipe; relative paths in it become relative to its directory.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the path and the field at fault.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let path = path.as_ref();
+        let mut recipe: Self = read_json(path)?;
+        let dir = path.parent().unwrap_or(Path::new(""));
+        for data in recipe.stages.iter_mut().flat_map(|stage| &mut stage.data) {
+            if let Source::Messages { path } = &mut data.source {
+                *path = dir.join(&path);
+            }
+        }
+        recipe.validate()?;
+        Ok(recipe)
+    }
+
+    /// Checks the fields against each other.
+    ///
+    /// # Errors
+    /// [`ConfigError::Incoherent`] naming the field at fault.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive = |field: &'static str, value: usize| match value {
+            0 => Err(ConfigError::incoherent(field, "must be positive".to_string())),
+            _ => Ok(()),
+        };
+        positive("stages", self.stages.len())?;
+        positive("checkpoint_every", self.checkpoint_every)?;
+        positive("keep_checkpoints", self.keep_checkpoints)?;
+        positive("log_every", self.log_every)?;
+        positive("sample_every", self.sample_every.unwrap_or(1))?;
+        for stage in &self.stages {
+            positive("steps", stage.steps)?;
+            positive("batch_size", stage.batch_size)?;
+            positive("accumulation", stage.accumulation)?;
+            positive("data", stage.data.len())?;
+            stage.validate(self.part)?;
+        }
+        Ok(())
+    }
+
+    /// Steps of all stages.
+    pub fn num_steps(&self) -> usize {
+        self.stages.iter().map(|stage| stage.steps).sum()
+    }
+
+    /// The first field in which this recipe would train otherwise than another one; notes and how often things are
+    /// written make no difference.
+    pub fn differs_from(&self, other: &Self) -> Option<&'static str> {
+        let Self { part, seed, initial, stages, .. } = self;
+        let checks = [
+            ("part", *part == other.part),
+            ("seed", *seed == other.seed),
+            ("initial", *initial == other.initial),
+            ("stages", *stages == other.stages),
+        ];
+        checks.into_iter().find(|(_, same)| !same).map(|(field, _)| field)
+    }
+}
+
+impl StageRecipe {
+    fn validate(&self, part: TrainedPart) -> Result<(), ConfigError> {
+        let wrong = |field, reason: String| Err(ConfigError::incoherent(field, reason));
+        if self.data.iter().any(|data| !(data.weight.is_finite() && data.weight > 0.0)) {
+            return wrong("weight", "every source needs a positive share".to_string());
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return wrong("learning_rate", format!("{} must be positive", self.learning_rate));
+        }
+        if self.warmup_steps > self.steps {
+            return wrong("warmup_steps", format!("{} are more than the {} steps", self.warmup_steps, self.steps));
+        }
+        if let Schedule::Cosine { end } = self.schedule
+            && !(0.0..=1.0).contains(&end)
+        {
+            return wrong("schedule", format!("the end {end} must lie in 0..=1"));
+        }
+        let AdamWOptions { betas, eps, weight_decay } = self.optimizer;
+        if betas.iter().any(|beta| !(0.0..1.0).contains(beta)) || eps.is_nan() || eps <= 0.0 || weight_decay < 0.0 {
+            return wrong("optimizer", "betas must lie in 0..1, eps above 0, weight_decay not below 0".to_string());
+        }
+        if self.max_grad_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
+            return wrong("max_grad_norm", "must be positive; leave it out for no limit".to_string());
+        }
+        if self.ema_decay.is_some_and(|decay| !(0.0..1.0).contains(&decay)) {
+            return wrong("ema_decay", "must lie in 0..1".to_string());
+        }
+        let DecoderRecipe { picture_px, condition_dropout, predicted_embeds, .. } = self.decoder;
+        if picture_px == 0 || picture_px % 16 != 0 {
+            return wrong("picture_px", format!("{picture_px} must be a multiple of 16"));
+        }
+        for (field, share) in [("condition_dropout", condition_dropout), ("predicted_embeds", predicted_embeds)] {
+            if !(0.0..=1.0).contains(&share) {
+                return wrong(field, format!("{share} must lie in 0..=1"));
+            }
+        }
+        let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
+        if !is_decoder && predicted_embeds > 0.0 {
+            return wrong("predicted_embeds", format!("has no meaning for {part:?}"));
+        }
+        Ok(())
+    }
+
+    /// Learning rate of a step, counted from 0.
+    pub fn learning_rate_at(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        match self.schedule {
+            Schedule::Constant => self.learning_rate,
+            Schedule::Cosine { end } => {
+                let length = (self.steps - self.warmup_steps).max(1) as f64;
+                let done = (step - self.warmup_steps) as f64 / length;
+                let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+                self.learning_rate * (end + (1.0 - end) * cosine)
+            }
+        }
+    }
+}
+
+fn one() -> usize {
+    1
+}
+
+fn two() -> usize {
+    2
+}
+
+fn ten() -> usize {
+    10
+}
+
+fn hundred() -> usize {
+    100
+}
+
+fn five_hundred() -> usize {
+    500
+}
