@@ -29,6 +29,86 @@ pub enum DataError {
         /// Token that was found.
         token: &'static str,
     },
+    /// A conversation to learn from in which the model says nothing.
+    #[error("the conversation has no message of the assistant")]
+    AnswerMissing,
+    /// A conversation to learn from that does not end with the model.
+    #[error("the last message of the conversation is not the assistant's")]
+    AnswerNotLast,
+    /// A message of the model to learn from that has neither text nor image.
+    #[error("message {message} of the conversation is an empty answer")]
+    AnswerEmpty {
+        /// Number of the message, from 0.
+        message: usize,
+    },
+    /// A system message with an image.
+    #[error("a system message has an image")]
+    ImageInSystem,
+    /// A line of a file of conversations cannot be used.
+    #[error("{path}, line {line}: {source}", path = path.display())]
+    Sample {
+        /// File of conversations.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: u64,
+        /// What is wrong with it.
+        source: Box<SampleError>,
+    },
+    /// A conversation was asked for that the file does not have.
+    #[error("{path}: there is no conversation {index}, only {len}", path = path.display())]
+    SampleIndex {
+        /// File of conversations.
+        path: PathBuf,
+        /// Conversation asked for, from 0.
+        index: u64,
+        /// Conversations in the file.
+        len: u64,
+    },
+    /// A file of a dataset cannot be read or written.
+    #[error("{path}: {source}", path = path.display())]
+    DatasetFile {
+        /// File that was to be read or written.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// More samples were bad than a run allows.
+    #[error("{count} samples were set aside, over the limit of {limit}; see {path}", path = path.display())]
+    TooManyRejected {
+        /// File that lists them.
+        path: PathBuf,
+        /// Samples set aside.
+        count: u64,
+        /// Samples that may be set aside.
+        limit: u64,
+    },
+    /// The list of samples that were set aside is shorter than a run that goes on left it.
+    #[error("{path}: {found} samples are listed, but the run had set {expected} aside", path = path.display())]
+    RejectedMissing {
+        /// File that lists them.
+        path: PathBuf,
+        /// Samples in the file.
+        found: u64,
+        /// Samples that the run had set aside.
+        expected: u64,
+    },
+    /// The weight of a source is negative, infinite or not a number.
+    #[error("source {source_index} of the mixture has the weight {weight}")]
+    MixtureWeight {
+        /// Number of the source, from 0.
+        source_index: usize,
+        /// Its weight.
+        weight: f64,
+    },
+    /// A source with a weight has no samples.
+    #[error("source {source_index} of the mixture has no samples")]
+    MixtureSourceEmpty {
+        /// Number of the source, from 0.
+        source_index: usize,
+    },
+    /// No source has a weight.
+    #[error("no source of the mixture has a weight")]
+    MixtureEmpty,
     /// No tokenizer file at this place.
     #[error("{path}: no such tokenizer file", path = path.display())]
     TokenizerMissing {
@@ -186,6 +266,48 @@ pub enum DataError {
     /// A configuration file cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+}
+
+/// What can be wrong with one line of a file of conversations.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SampleError {
+    /// The line is not the JSON of a conversation.
+    #[error("not a conversation in JSON: {0}")]
+    Json(#[source] serde_json::Error),
+    /// A conversation without messages.
+    #[error("there are no messages")]
+    NoMessages,
+    /// A role that is not system, user or assistant.
+    #[error("the role `{role}` of message {message} is unknown")]
+    UnknownRole {
+        /// Number of the message, from 0.
+        message: usize,
+        /// Role in the file.
+        role: String,
+    },
+    /// A message of the assistant without text or image.
+    #[error("message {message} is an empty answer")]
+    EmptyAnswer {
+        /// Number of the message, from 0.
+        message: usize,
+    },
+    /// The `<image>` markers of all messages are not as many as the images.
+    #[error("there are {markers} `<image>` markers, but {images} images")]
+    ImageMarkers {
+        /// Markers in the messages.
+        markers: usize,
+        /// Images listed.
+        images: usize,
+    },
+    /// An image is absent or cannot be read.
+    #[error("image {image}: {source}")]
+    Image {
+        /// Number of the image, from 0.
+        image: usize,
+        /// What is wrong with it.
+        source: DataError,
+    },
 }
 
 fn origin(path: &Option<PathBuf>) -> std::path::Display<'_> {

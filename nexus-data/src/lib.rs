@@ -18,6 +18,7 @@
 //! # Ok::<(), nexus_data::DataError>(())
 //! ```
 
+mod dataset;
 mod error;
 mod flux_tokenizer;
 mod image;
@@ -28,8 +29,10 @@ mod processor;
 mod prompt;
 mod resample;
 mod tokenizer;
+mod training_input;
 
-pub use error::{BoxedSource, DataError};
+pub use dataset::{MessagesFile, MessagesWriter, Mixture, Permutation, Pick, RejectedSamples};
+pub use error::{BoxedSource, DataError, SampleError};
 pub use flux_tokenizer::{CLIP_LEN, ClipTokenizer, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 pub use image::{Alpha, Image};
 pub use image_file::ImageLimits;
@@ -45,3 +48,4 @@ pub use prompt::{
 };
 pub use resample::{Filter, resize};
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer};
+pub use training_input::TrainingInput;

@@ -23,6 +23,11 @@ impl Role {
             Self::Assistant => "assistant",
         }
     }
+
+    /// The role of this name.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        [Self::System, Self::User, Self::Assistant].into_iter().find(|role| role.as_str() == name)
+    }
 }
 
 /// One piece of a message.

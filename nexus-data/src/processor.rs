@@ -115,13 +115,16 @@ impl Processor {
         images: impl Iterator<Item = &'a Image>,
         options: &ProcessOptions,
     ) -> Result<ModelInput, DataError> {
-        let patches = images.map(|image| {
-            let bounded = self.image_processor.bound(&image.to_rgb(options.alpha), options.max_pixels)?;
-            self.image_processor.patches(&bounded)
-        });
+        let patches = images.map(|image| self.input_patches(image, options));
         let mut input = ModelInput { text, token_ids: Vec::new(), images: patches.collect::<Result<_, _>>()? };
         input.token_ids = self.tokenizer.encode(&expand_image_pads(&input.text, &input.grids())?)?;
         Ok(input)
+    }
+
+    /// Patches of an image of the prompt.
+    pub(crate) fn input_patches(&self, image: &Image, options: &ProcessOptions) -> Result<Patches, DataError> {
+        let bounded = self.image_processor.bound(&image.to_rgb(options.alpha), options.max_pixels)?;
+        self.image_processor.patches(&bounded)
     }
 
     /// Text of token ids, special tokens included.

@@ -24,8 +24,8 @@ pub const IMAGE_PAD: &str = "<|image_pad|>";
 /// Stands for a video in prompts of related models; not supported here.
 pub const VIDEO_PAD: &str = "<|video_pad|>";
 
-const IM_START: &str = "<|im_start|>";
-const IM_END: &str = "<|im_end|>";
+pub(crate) const IM_START: &str = "<|im_start|>";
+pub(crate) const IM_END: &str = "<|im_end|>";
 const DEFAULT_SYSTEM: &str = "You are a helpful assistant.";
 const RESERVED: [&str; 4] = [IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD];
 
@@ -116,26 +116,36 @@ pub fn understanding_prompt(question: &str, num_images: usize) -> Result<String,
 ///
 /// Source: Qwen2.5-VL chat template (`chat_template.json`).
 pub fn render_chat(messages: &[Message], add_generation_prompt: bool) -> Result<String, DataError> {
-    let first = messages.first().ok_or(DataError::EmptyPrompt)?;
-    let mut rendered = String::new();
-    if first.role != Role::System {
-        push_block(&mut rendered, Role::System, DEFAULT_SYSTEM);
-    }
+    let mut rendered = default_system(messages.first().ok_or(DataError::EmptyPrompt)?);
     for message in messages {
-        push_block(&mut rendered, message.role, &render_content(message)?);
+        rendered.push_str(&render_turn(message)?);
     }
     if add_generation_prompt {
-        rendered.push_str(IM_START);
-        rendered.push_str(Role::Assistant.as_str());
-        rendered.push('\n');
+        rendered.push_str(&turn_header(Role::Assistant));
     }
     Ok(rendered)
 }
 
-fn push_block(rendered: &mut String, role: Role, content: &str) {
-    for piece in [IM_START, role.as_str(), "\n", content, IM_END, "\n"] {
-        rendered.push_str(piece);
+/// The turn that comes before a conversation that starts with this message; empty if that is a system message.
+pub(crate) fn default_system(first: &Message) -> String {
+    match first.role {
+        Role::System => String::new(),
+        _ => block(Role::System, DEFAULT_SYSTEM),
     }
+}
+
+/// One message with its header and its end. [`render_chat`] joins these and adds nothing between them.
+pub(crate) fn render_turn(message: &Message) -> Result<String, DataError> {
+    Ok(block(message.role, &render_content(message)?))
+}
+
+/// What comes before the content of a message.
+pub(crate) fn turn_header(role: Role) -> String {
+    [IM_START, role.as_str(), "\n"].concat()
+}
+
+fn block(role: Role, content: &str) -> String {
+    [&turn_header(role), content, IM_END, "\n"].concat()
 }
 
 fn render_content(message: &Message) -> Result<String, DataError> {

@@ -72,6 +72,16 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Token ids of a text as [`Tokenizer::encode`] gives them, each with the byte of the text where it begins.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenize`] if the tokenizer cannot represent the text.
+    pub(crate) fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, DataError> {
+        let encoding = self.inner.encode(text, false).map_err(|source| DataError::Tokenize { source })?;
+        let starts = encoding.get_offsets().iter().map(|&(start, _)| start);
+        Ok(encoding.get_ids().iter().copied().zip(starts).collect())
+    }
+
     /// Text of token ids; `skip_special` leaves out the tokens that are marked special in the file.
     ///
     /// Ids that no token has are left out; bytes that are not UTF-8 become U+FFFD.
