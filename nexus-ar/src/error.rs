@@ -64,6 +64,54 @@ pub enum ArError {
         /// Batch given.
         batch: usize,
     },
+    /// A batch without samples.
+    #[error("a batch needs at least one sample")]
+    EmptyBatch,
+    /// A training sample that cannot be used.
+    #[error("sample {index} of the batch: {source}")]
+    Sample {
+        /// Index in the batch.
+        index: usize,
+        /// What is wrong with it.
+        source: Box<ArError>,
+    },
+    /// More or fewer labels than tokens.
+    #[error("{labels} labels were given for {tokens} tokens")]
+    LabelCount {
+        /// Labels given.
+        labels: usize,
+        /// Tokens given.
+        tokens: usize,
+    },
+    /// A label that is not the token at its place.
+    #[error("label {index} is {label}, but the token is {id}: labels are the tokens themselves, not shifted")]
+    Label {
+        /// Index in the sample.
+        index: usize,
+        /// Label given.
+        label: u32,
+        /// Token there.
+        id: u32,
+    },
+    /// A sample from which nothing is learned.
+    #[error("no token after the first has a label: nothing would be learned")]
+    NoLabels,
+    /// Labelled image tokens without true embeddings, or the reverse.
+    #[error("{labels} image tokens have labels, but the answer images given have {embeddings} embeddings")]
+    AnswerImages {
+        /// Image tokens with labels.
+        labels: usize,
+        /// Embeddings of the answer images.
+        embeddings: usize,
+    },
+    /// An answer image of a size that the model does not draw.
+    #[error("an answer image has {tokens} embeddings, but the model draws images of {expected}: resize it to 252x252")]
+    AnswerTokens {
+        /// Embeddings given.
+        tokens: usize,
+        /// Embeddings of a drawn image.
+        expected: usize,
+    },
     /// An option that cannot be used.
     #[error("option `{option}`: {reason}")]
     Option {

@@ -24,15 +24,18 @@ pub struct Prompt<'a> {
     pub images: &'a [ImageEmbeds],
 }
 
-/// How the 81 positions of an image are computed; the result is the same.
+/// What is fed at the 81 positions of an image, and in how many passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImagePass {
-    /// One forward pass for all.
+    /// The prefill embeddings, one forward pass for all.
     #[default]
     Parallel,
-    /// One forward pass each, the order of the original.
+    /// The prefill embeddings, one forward pass each, the order of the original; the result is that of `Parallel`.
     Sequential,
+    /// Each predicted embedding is fed to predict the next: for models trained with
+    /// [`ArObjective::prefill`](crate::ArObjective::prefill) off. The released model was not.
+    Autoregressive,
 }
 
 /// Positions of the text that follows a generated image.
@@ -309,14 +312,19 @@ impl<'a> Reply<'a> {
         // As everywhere, the last token of a full reply is not fed.
         let fed = NUM_IMAGE_TOKENS.min(room - 1);
         let start = self.generation.positions.last().map_or(0, |position| position[0] + 1);
-        let mut states = vec![hidden];
-        if fed > 0 {
-            states.push(self.feed_prefill(image_position_ids(start, grid).take(fed).collect()));
-        }
+        let positions: Vec<[i64; 3]> = image_position_ids(start, grid).take(fed).collect();
+        let embeds = match self.options.image_pass {
+            ImagePass::Autoregressive => self.feed_predictions(hidden, positions, tokens),
+            ImagePass::Parallel | ImagePass::Sequential => {
+                let mut states = vec![hidden];
+                if fed > 0 {
+                    states.push(self.feed_prefill(positions));
+                }
+                // The state of the last prefill embedding predicts what follows the image, not a part of it.
+                self.model.predict_embeds(Tensor::cat(states, 1).narrow(1, 0, tokens))
+            }
+        };
         self.generation.token_ids.extend(vec![self.model.config().token_ids.image_token_id; tokens]);
-        // The state of the last prefill embedding predicts what follows the image, not a part of it.
-        let predicting = Tensor::cat(states, 1).narrow(1, 0, tokens);
-        let embeds = self.model.predict_embeds(predicting);
         if tokens < NUM_IMAGE_TOKENS {
             self.generation.unfinished_image = Some(embeds);
             return Ok(None);
@@ -327,12 +335,28 @@ impl<'a> Reply<'a> {
         Ok(Some(ImageEmbeds::new(embeds, grid)?))
     }
 
+    /// Predicts `tokens` embeddings, each from the one before it; `hidden` is the state that predicts the first.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[1, 1, hidden]`
+    /// - returns: `[1, tokens, hidden]`
+    fn feed_predictions(&mut self, hidden: Tensor<3>, positions: Vec<[i64; 3]>, tokens: usize) -> Tensor<3> {
+        let mut predicted = vec![self.model.predict_embeds(hidden)];
+        for (index, position) in positions.into_iter().enumerate() {
+            let state = self.feed(predicted[index].clone(), vec![position]);
+            if predicted.len() < tokens {
+                predicted.push(self.model.predict_embeds(state));
+            }
+        }
+        Tensor::cat(predicted, 1)
+    }
+
     /// Feeds as many prefill embeddings as there are positions; returns their states, `[1, positions, hidden]`.
     fn feed_prefill(&mut self, positions: Vec<[i64; 3]>) -> Tensor<3> {
         let prefill = self.model.prefill_embeds(self.options.dtype).narrow(1, 0, positions.len());
         match self.options.image_pass {
             ImagePass::Parallel => self.feed(prefill, positions),
-            ImagePass::Sequential => {
+            _ => {
                 let step = |(index, position)| self.feed(prefill.clone().narrow(1, index, 1), vec![position]);
                 Tensor::cat(positions.into_iter().enumerate().map(step).collect(), 1)
             }

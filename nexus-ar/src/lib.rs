@@ -31,8 +31,10 @@ mod error;
 mod generate;
 mod kv_cache;
 mod model;
+mod objective;
 mod position;
 mod sampling;
+mod training_batch;
 mod weights;
 
 pub use config::{ArConfig, GenerationConfig, RopeScaling, TokenIds};
@@ -43,6 +45,8 @@ pub use generate::{
 };
 pub use kv_cache::KvCache;
 pub use model::{ArModel, NUM_IMAGE_TOKENS, TextModel};
+pub use objective::{ArLoss, ArObjective};
 pub use position::{PositionIds, image_position_ids, position_ids};
 pub use sampling::{Sampler, SamplingOptions};
+pub use training_batch::{TrainingBatch, TrainingSample};
 pub use weights::NAMES;

@@ -1,6 +1,7 @@
 //! The model: embeddings and positions -> hidden states -> scores of tokens and predicted image embeddings.
 //!
-//! Inference and training share [`ArModel::forward`], which takes embeddings, not ids.
+//! Inference and training share the layers, which take embeddings, not ids; see [`ArModel::forward`] and
+//! [`ArModel::forward_batch`].
 
 use burn::{
     module::Module,
@@ -9,7 +10,7 @@ use burn::{
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, Visibility},
+    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility},
 };
 
 use crate::{ArConfig, ArError, KvCache, NAMES};
@@ -162,14 +163,29 @@ impl ArModel {
     pub fn forward(&self, embeds: Tensor<3>, positions: &[[i64; 3]], cache: Option<&mut KvCache>) -> Tensor<3> {
         let [_, tokens, _] = embeds.dims();
         assert_eq!(positions.len(), tokens, "one position per token");
+        let rotary = self.rotary_table(positions, &embeds);
+        self.forward_layers(embeds, &rotary, cache)
+    }
+
+    /// Table `[1, positions, head_dim / 2]` on the device and in the dtype of the embeddings.
+    pub(crate) fn rotary_table(&self, positions: &[[i64; 3]], embeds: &Tensor<3>) -> RotaryTable {
         let positions: Vec<[f32; 3]> = positions.iter().map(|axes| axes.map(|position| position as f32)).collect();
-        let rotary = self.rotary.table(&positions, &embeds.device()).cast(embeds.dtype());
+        self.rotary.table(&positions, &embeds.device()).cast(embeds.dtype())
+    }
+
+    /// All layers and the final norm; the table is of batch 1 or of the batch of `embeds`.
+    pub(crate) fn forward_layers(
+        &self,
+        embeds: Tensor<3>,
+        rotary: &RotaryTable,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
         let mut unused = KvCache::new();
         let keep = cache.is_some();
         let cache = cache.unwrap_or(&mut unused);
         let mut x = embeds;
         for (layer, entry) in self.model.layers.iter().zip(cache.entries(self.model.layers.len())) {
-            x = layer.forward(x, &rotary, Visibility::Causal, keep.then_some(entry));
+            x = layer.forward(x, rotary, Visibility::Causal, keep.then_some(entry));
         }
         self.model.norm.forward(x)
     }

@@ -23,6 +23,7 @@ mod block;
 mod config;
 mod encoder;
 mod merger;
+mod objective;
 mod weights;
 mod window;
 
@@ -30,5 +31,6 @@ pub use block::{VisionAttention, VisionBlock};
 pub use config::VisionConfig;
 pub use encoder::{PatchEmbed, PatchProjection, VisionEncoder, VisionEncoderError};
 pub use merger::{MergerMlp, PatchMerger};
+pub use objective::{AppearanceHead, AppearanceInput, AppearanceLoss, AppearanceObjective, appearance};
 pub use weights::NAMES;
 pub use window::WindowLayout;

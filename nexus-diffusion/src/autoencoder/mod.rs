@@ -1,6 +1,7 @@
 //! The FLUX autoencoder: pictures in -1..1 <-> latents with one position for 8x8 pixels.
 
 mod blocks;
+mod objective;
 mod paths;
 
 use burn::{
@@ -11,6 +12,7 @@ use burn::{
 use nexus_core::checkpoint::{Checkpoint, LoadOptions, load_module};
 
 pub use blocks::{AttentionBlock, Middle, Resample, ResnetBlock};
+pub use objective::{AutoencoderLoss, AutoencoderObjective};
 pub use paths::{DownLevel, DownPath, UpLevel, UpPath};
 
 use crate::{
@@ -101,8 +103,20 @@ impl Autoencoder {
         }
     }
 
+    /// Both halves of the encoder's output: mean and logarithm of the variance of each latent number, not scaled as
+    /// [`Autoencoder::encode`] scales the mean.
+    ///
+    /// # Shapes
+    /// - `image`: `[batch, 3, height, width]` in -1..1, sides multiples of 8 pixels
+    /// - returns: two of `[batch, z_channels, height / 8, width / 8]`
+    pub fn moments(&self, image: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let moments = self.encoder.forward(image);
+        let half = |part: usize| moments.clone().narrow(1, part * self.z_channels, self.z_channels);
+        (half(0), half(1))
+    }
+
     fn encode_whole(&self, image: Tensor<4>) -> Tensor<4> {
-        let mean = self.encoder.forward(image).narrow(1, 0, self.z_channels);
+        let (mean, _) = self.moments(image);
         (mean - self.shift_factor) * self.scale_factor
     }
 

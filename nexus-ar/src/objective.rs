@@ -1,0 +1,173 @@
+//! What the model is trained for: a batch of samples -> cross entropy of text and distance of image embeddings.
+
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_softmax};
+use nexus_core::nn::RotaryTable;
+use serde::{Deserialize, Serialize};
+
+use crate::{ArError, ArModel, NUM_IMAGE_TOKENS, TrainingBatch, training_batch::Place};
+
+/// Epsilon of the norms in the cosine.
+const COSINE_EPS: f32 = 1e-8;
+
+/// Weights of the two losses; the defaults are those of the original's training script.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ArObjective {
+    /// Factor of the cross entropy of text.
+    pub token_weight: f64,
+    /// Factor of the image loss.
+    pub image_weight: f64,
+    /// Whether the prefill embeddings stand at the positions of an answer, as when the model draws with
+    /// [`ImagePass::Parallel`](crate::ImagePass::Parallel).
+    ///
+    /// Otherwise the true embeddings do, each predicting the next (teacher forcing): the model then draws with
+    /// [`ImagePass::Autoregressive`](crate::ImagePass::Autoregressive), where its errors add up.
+    pub prefill: bool,
+}
+
+impl Default for ArObjective {
+    fn default() -> Self {
+        Self { token_weight: 3.0, image_weight: 3.0, prefill: true }
+    }
+}
+
+/// Losses of a batch, all in f32.
+#[derive(Debug, Clone)]
+pub struct ArLoss {
+    /// `token_weight * cross_entropy + image_weight * image`.
+    pub total: Tensor<1>,
+    /// Mean over the learned text tokens of all samples; 0 if there are none.
+    pub cross_entropy: Tensor<1>,
+    /// Mean squared error of the predicted embeddings; 0 if the batch has no answer image.
+    pub mse: Tensor<1>,
+    /// Mean of one minus the cosine between predicted and true embeddings; 0 if the batch has no answer image.
+    pub cosine: Tensor<1>,
+    /// `(mse + cosine) / 2`.
+    pub image: Tensor<1>,
+}
+
+impl ArObjective {
+    /// The losses of a batch, computed by the model in `dtype`; gradients reach the model and the input images, but
+    /// not the true embeddings.
+    ///
+    /// # Errors
+    /// [`ArError::TokenOutOfVocabulary`], [`ArError::EmbedWidth`] if the batch was made for another model.
+    ///
+    /// Source: Nexus-Gen (modeling_qwen2_5_vl.py, `forward` with labels).
+    /// Differs: the losses are computed in f32 from predictions in `dtype`; scores are computed for learned positions
+    /// alone.
+    pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
+        let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
+        let [samples, tokens, width] = hidden.dims();
+        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
+        let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
+
+        let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
+        if !batch.text_labels.is_empty() {
+            let (rows, ids): (Vec<i64>, Vec<i64>) =
+                batch.text_labels.iter().map(|&(row, id)| (row as i64, i64::from(id))).unzip();
+            let predicting = hidden.clone().select(0, indices(rows, &hidden));
+            cross_entropy = mean_cross_entropy(model.logits(predicting.unsqueeze()).squeeze_dim(0), ids);
+        }
+        if !batch.image_labels.is_empty() {
+            let rows = batch.image_labels.iter().map(|&row| row as i64).collect();
+            let predicting = hidden.clone().select(0, indices(rows, &hidden));
+            let predicted = model.predict_embeds(predicting.unsqueeze()).squeeze_dim::<2>(0).cast(DType::F32);
+            let target = batch.target_rows(FloatDType::F32);
+            mse = (predicted.clone() - target.clone()).square().mean();
+            cosine = cosine_distance(predicted, target);
+        }
+        let image = (mse.clone() + cosine.clone()) * 0.5;
+        let total = cross_entropy.clone() * self.token_weight + image.clone() * self.image_weight;
+        Ok(ArLoss { total, cross_entropy, mse, cosine, image })
+    }
+}
+
+impl ArModel {
+    /// Embeddings of a batch: those of tokens and input images, and at answers the prefill embeddings or, without
+    /// `prefill`, the true embeddings as constants.
+    ///
+    /// # Shapes
+    /// - returns: `[samples, tokens, hidden]` in `dtype`
+    ///
+    /// # Errors
+    /// [`ArError::TokenOutOfVocabulary`], [`ArError::EmbedWidth`] if the batch was made for another model.
+    pub fn embed_batch(&self, batch: &TrainingBatch, prefill: bool, dtype: FloatDType) -> Result<Tensor<3>, ArError> {
+        batch.check_fits(self.config())?;
+        let device = self.device();
+        let ids: Vec<i64> = batch.vocabulary.iter().map(|&id| i64::from(id)).collect();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, batch.vocabulary.len()]), (&device, DType::I64));
+        let mut table = vec![self.model.embed_tokens.forward(ids, dtype).squeeze_dim::<2>(0)];
+        table.extend(batch.inputs.iter().map(|image| image.values.clone().squeeze_dim::<2>(0).cast(dtype)));
+        let first_input = batch.vocabulary.len();
+        let first_answer = first_input + batch.inputs.iter().map(|image| image.grid.num_merged_tokens()).sum::<usize>();
+        if !batch.targets.is_empty() {
+            table.push(match prefill {
+                true => self.prefill_embeds(dtype).squeeze_dim(0),
+                false => batch.target_rows(dtype),
+            });
+        }
+        let row = |place: &Place| match *place {
+            Place::Token(index) => index,
+            Place::Input(index) => first_input + index,
+            Place::Answer(index) if prefill => first_answer + index % NUM_IMAGE_TOKENS,
+            Place::Answer(index) => first_answer + index,
+        };
+        let rows = batch.places.iter().map(|place| row(place) as i64).collect();
+        let table = Tensor::cat(table, 0);
+        let [_, hidden] = table.dims();
+        let rows = indices(rows, &table);
+        Ok(table.select(0, rows).reshape([batch.samples, batch.tokens, hidden]))
+    }
+
+    /// Hidden states of a batch after the final norm, causal, without a cache.
+    ///
+    /// # Shapes
+    /// - `embeds`: `[samples, tokens, hidden]`; its dtype is the compute dtype
+    /// - returns: the same
+    ///
+    /// # Panics
+    /// If the embeddings are not those of the batch.
+    pub fn forward_batch(&self, embeds: Tensor<3>, batch: &TrainingBatch) -> Tensor<3> {
+        let [samples, tokens, _] = embeds.dims();
+        assert_eq!([samples, tokens], [batch.samples, batch.tokens], "samples and tokens of the batch");
+        let RotaryTable { cos, sin } = self.rotary_table(&batch.positions, &embeds);
+        let [_, _, pairs] = cos.dims();
+        let shape = [samples, tokens, pairs];
+        let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
+        self.forward_layers(embeds, &rotary, None)
+    }
+}
+
+impl TrainingBatch {
+    /// True embeddings of all answers, as constants.
+    ///
+    /// # Shapes
+    /// `[81 * answers, hidden]`
+    fn target_rows(&self, dtype: FloatDType) -> Tensor<2> {
+        let rows = |image: &nexus_core::ImageEmbeds| image.values.clone().inner().squeeze_dim::<2>(0).cast(dtype);
+        Tensor::cat(self.targets.iter().map(rows).collect(), 0)
+    }
+}
+
+/// # Shapes
+/// - `logits`: `[rows, vocab]`
+/// - `ids`: one per row
+fn mean_cross_entropy(logits: Tensor<2>, ids: Vec<i64>) -> Tensor<1> {
+    let rows = ids.len();
+    let ids = indices(ids, &logits).reshape([rows, 1]);
+    log_softmax(logits.cast(DType::F32), 1).gather(1, ids).mean().neg()
+}
+
+/// Mean of `1 - cos` over the rows of two `[rows, width]`.
+fn cosine_distance(a: Tensor<2>, b: Tensor<2>) -> Tensor<1> {
+    let norm = |x: &Tensor<2>| x.clone().square().sum_dim(1).sqrt().clamp_min(COSINE_EPS);
+    let scale = norm(&a) * norm(&b);
+    let cosine = (a * b).sum_dim(1) / scale;
+    (cosine.neg() + 1.0).mean()
+}
+
+fn indices<const D: usize>(values: Vec<i64>, like: &Tensor<D>) -> Tensor<1, Int> {
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), (&like.device(), DType::I64))
+}

@@ -1,0 +1,259 @@
+//! Training samples: token ids, labels and image embeddings -> a checked, padded batch with the places of everything.
+
+use std::collections::BTreeMap;
+
+use nexus_core::{GridThw, ImageEmbeds};
+
+use crate::{ArConfig, ArError, NUM_IMAGE_TOKENS, position_ids};
+
+/// One conversation to learn from.
+#[derive(Debug, Clone)]
+pub struct TrainingSample {
+    /// Ids of prompt and reply, image tokens expanded.
+    pub token_ids: Vec<u32>,
+    /// The token itself where it is to be learned, `None` elsewhere (the original's -100); one per token, not shifted.
+    ///
+    /// An image whose tokens have labels is an answer: its embeddings are learned.
+    pub labels: Vec<Option<u32>>,
+    /// Embeddings of the images that are not answers, in order, each of batch 1.
+    pub inputs: Vec<ImageEmbeds>,
+    /// Embeddings of the answers, in order, each of batch 1 and 81 tokens.
+    pub targets: Vec<ImageEmbeds>,
+}
+
+/// Samples side by side, padded on the right.
+///
+/// Attention is causal, so that no token sees the padding, and the padding has no labels: it changes no loss.
+#[derive(Debug, Clone)]
+pub struct TrainingBatch {
+    pub(crate) samples: usize,
+    pub(crate) tokens: usize,
+    /// Ids whose embeddings are looked up, each once.
+    pub(crate) vocabulary: Vec<u32>,
+    /// `[samples * tokens]`.
+    pub(crate) places: Vec<Place>,
+    /// `[samples * tokens]`.
+    pub(crate) positions: Vec<[i64; 3]>,
+    pub(crate) inputs: Vec<ImageEmbeds>,
+    pub(crate) targets: Vec<ImageEmbeds>,
+    /// Rows of `[samples * tokens]` whose next token is learned, and that token.
+    pub(crate) text_labels: Vec<(usize, u32)>,
+    /// Rows of `[samples * tokens]` whose next token is an embedding of an answer, in the order of `targets`.
+    pub(crate) image_labels: Vec<usize>,
+}
+
+/// What stands at a position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Token of this index into the batch's vocabulary.
+    Token(usize),
+    /// Embedding of an input image, counted over the batch.
+    Input(usize),
+    /// Embedding of an answer, counted over the batch.
+    Answer(usize),
+}
+
+impl TrainingBatch {
+    /// Checks samples and lays them out for a model of these sizes.
+    ///
+    /// # Errors
+    /// [`ArError::EmptyBatch`]; [`ArError::Sample`] naming the sample, with one of [`ArError::EmptyPrompt`],
+    /// [`ArError::PromptTooLong`], [`ArError::LabelCount`], [`ArError::Label`], [`ArError::NoLabels`],
+    /// [`ArError::TokenOutOfVocabulary`], [`ArError::EmbedWidth`], [`ArError::EmbedBatch`], [`ArError::ImageCount`],
+    /// [`ArError::ImageTokens`], [`ArError::AnswerImages`], [`ArError::AnswerTokens`].
+    pub fn new(samples: Vec<TrainingSample>, config: &ArConfig) -> Result<Self, ArError> {
+        let tokens = samples.iter().map(|sample| sample.token_ids.len()).max().ok_or(ArError::EmptyBatch)?;
+        let mut batch = Self {
+            samples: samples.len(),
+            tokens,
+            vocabulary: vec![],
+            places: Vec::with_capacity(samples.len() * tokens),
+            positions: Vec::with_capacity(samples.len() * tokens),
+            inputs: vec![],
+            targets: vec![],
+            text_labels: vec![],
+            image_labels: vec![],
+        };
+        let mut rows = Rows::default();
+        for (index, sample) in samples.into_iter().enumerate() {
+            batch
+                .push(sample, config, &mut rows)
+                .map_err(|source| ArError::Sample { index, source: Box::new(source) })?;
+        }
+        Ok(batch)
+    }
+
+    fn push(&mut self, sample: TrainingSample, config: &ArConfig, rows: &mut Rows) -> Result<(), ArError> {
+        check(&sample, config)?;
+        let TrainingSample { token_ids, labels, inputs, targets } = sample;
+        let image = config.token_ids.image_token_id;
+        let grids = grids_in_order(&token_ids, &labels, [&inputs, &targets], config)?;
+        let positions = position_ids(&token_ids, &grids, &config.token_ids)?.axes;
+        let start = self.places.len();
+        for (&id, label) in token_ids.iter().zip(&labels) {
+            self.places.push(match (id == image, label) {
+                (false, _) => Place::Token(rows.of_token(id, &mut self.vocabulary)),
+                (true, None) => Place::Input(rows.next_input()),
+                (true, Some(_)) => Place::Answer(rows.next_answer()),
+            });
+        }
+        for (index, label) in labels.iter().enumerate().skip(1) {
+            match label {
+                Some(id) if *id == image => self.image_labels.push(start + index - 1),
+                Some(id) => self.text_labels.push((start + index - 1, *id)),
+                None => {}
+            }
+        }
+        self.positions.extend(positions);
+        let end = start + self.tokens;
+        // Anything may stand there; the row of a token that is looked up anyway costs nothing.
+        self.places.resize(end, Place::Token(0));
+        self.positions.resize(end, [1; 3]);
+        self.inputs.extend(inputs);
+        self.targets.extend(targets);
+        Ok(())
+    }
+
+    /// Checks that a model has the ids and the width of the batch.
+    pub(crate) fn check_fits(&self, config: &ArConfig) -> Result<(), ArError> {
+        check_vocabulary(&self.vocabulary, config)?;
+        check_images(self.inputs.iter().chain(&self.targets), config)
+    }
+
+    /// Number of samples.
+    pub fn num_samples(&self) -> usize {
+        self.samples
+    }
+
+    /// Length of the longest sample, to which all are padded.
+    pub fn num_tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Number of text tokens that are learned, over which the cross entropy is a mean.
+    pub fn num_text_labels(&self) -> usize {
+        self.text_labels.len()
+    }
+
+    /// Number of embeddings that are learned, 81 per answer, over which the image loss is a mean.
+    pub fn num_image_labels(&self) -> usize {
+        self.image_labels.len()
+    }
+}
+
+/// Counts over the samples of a batch.
+#[derive(Default)]
+struct Rows {
+    tokens: BTreeMap<u32, usize>,
+    inputs: usize,
+    answers: usize,
+}
+
+impl Rows {
+    fn of_token(&mut self, id: u32, vocabulary: &mut Vec<u32>) -> usize {
+        *self.tokens.entry(id).or_insert_with(|| {
+            vocabulary.push(id);
+            vocabulary.len() - 1
+        })
+    }
+
+    fn next_input(&mut self) -> usize {
+        self.inputs += 1;
+        self.inputs - 1
+    }
+
+    fn next_answer(&mut self) -> usize {
+        self.answers += 1;
+        self.answers - 1
+    }
+}
+
+fn check(sample: &TrainingSample, config: &ArConfig) -> Result<(), ArError> {
+    let TrainingSample { token_ids, labels, inputs, targets } = sample;
+    let tokens = token_ids.len();
+    if tokens == 0 {
+        return Err(ArError::EmptyPrompt);
+    }
+    if tokens > config.max_position_embeddings {
+        return Err(ArError::PromptTooLong { tokens, limit: config.max_position_embeddings });
+    }
+    if labels.len() != tokens {
+        return Err(ArError::LabelCount { labels: labels.len(), tokens });
+    }
+    check_vocabulary(token_ids, config)?;
+    for (index, (&id, label)) in token_ids.iter().zip(labels).enumerate() {
+        if let Some(label) = label.filter(|&label| label != id) {
+            return Err(ArError::Label { index, label, id });
+        }
+    }
+    if labels.iter().skip(1).all(Option::is_none) {
+        return Err(ArError::NoLabels);
+    }
+    check_images(inputs.iter().chain(targets), config)?;
+    match targets.iter().map(|image| image.grid.num_merged_tokens()).find(|&tokens| tokens != NUM_IMAGE_TOKENS) {
+        Some(tokens) => Err(ArError::AnswerTokens { tokens, expected: NUM_IMAGE_TOKENS }),
+        None => Ok(()),
+    }
+}
+
+fn check_vocabulary(ids: &[u32], config: &ArConfig) -> Result<(), ArError> {
+    let vocab_size = config.vocab_size;
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(&id) => Err(ArError::TokenOutOfVocabulary { id, vocab_size }),
+        None => Ok(()),
+    }
+}
+
+fn check_images<'a>(images: impl Iterator<Item = &'a ImageEmbeds>, config: &ArConfig) -> Result<(), ArError> {
+    for image in images {
+        let [batch, _, found] = image.values.dims();
+        if found != config.hidden_size {
+            return Err(ArError::EmbedWidth { found, expected: config.hidden_size });
+        }
+        if batch != 1 {
+            return Err(ArError::EmbedBatch { batch });
+        }
+    }
+    Ok(())
+}
+
+/// Grids of all images of a sample in the order of the text: of answers where image tokens have labels.
+fn grids_in_order(
+    token_ids: &[u32],
+    labels: &[Option<u32>],
+    [inputs, targets]: [&[ImageEmbeds]; 2],
+    config: &ArConfig,
+) -> Result<Vec<GridThw>, ArError> {
+    let image = config.token_ids.image_token_id;
+    let count = |is_answer: bool| {
+        let of_kind = |(id, label): &(&u32, &Option<u32>)| **id == image && label.is_some() == is_answer;
+        token_ids.iter().zip(labels).filter(of_kind).count()
+    };
+    let held = |images: &[ImageEmbeds]| images.iter().map(|image| image.grid.num_merged_tokens()).sum::<usize>();
+    let (answers, learned) = (held(targets), count(true));
+    if answers != learned {
+        return Err(ArError::AnswerImages { labels: learned, embeddings: answers });
+    }
+    let (seen, positions) = (held(inputs), count(false));
+    if seen != positions {
+        return Err(ArError::ImageTokens { positions, embeddings: seen });
+    }
+    let (mut inputs, mut targets) = (inputs.iter(), targets.iter());
+    let mut grids = vec![];
+    for (index, pair) in token_ids.windows(2).enumerate() {
+        if pair[0] != config.token_ids.vision_start_token_id || pair[1] != image {
+            continue;
+        }
+        let first = index + 1;
+        let images = if labels[first].is_some() { &mut targets } else { &mut inputs };
+        // Too few or too many images are reported with the positions.
+        let Some(ImageEmbeds { grid, .. }) = images.next() else { continue };
+        let run = labels[first..].iter().take(grid.num_merged_tokens());
+        if run.clone().any(|label| label.is_some() != labels[first].is_some()) {
+            let learned = run.flatten().count();
+            return Err(ArError::AnswerImages { labels: learned, embeddings: grid.num_merged_tokens() });
+        }
+        grids.push(*grid);
+    }
+    Ok(grids)
+}

@@ -1,0 +1,134 @@
+//! What the decoders are trained for: clean latents, noise and noise levels -> flow-matching loss.
+
+use burn::tensor::{DType, Tensor, TensorData};
+
+use crate::{
+    Conditioning, FlowMatchSchedule, LatentSize,
+    transformer::{Dit, DitInput},
+};
+
+/// Noise levels that are trained.
+const NUM_TRAIN_STEPS: usize = 1000;
+
+/// The schedule of training with the weight of each of its levels.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FlowMatching {
+    schedule: FlowMatchSchedule,
+    weights: Vec<f32>,
+}
+
+impl Default for FlowMatching {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What [`FlowMatching::loss`] takes.
+#[derive(Debug, Clone)]
+pub struct FlowMatchingInput<'a> {
+    /// What the decoder makes of the image embeddings: condition tokens `[batch, tokens, context]` and positions.
+    pub conditioning: &'a Conditioning,
+    /// Pooled text vectors: `[batch, pooled]`; their dtype is the compute dtype, as of all other tensors.
+    pub pooled: Tensor<2>,
+    /// Clean latents as [`Autoencoder::encode`](crate::Autoencoder::encode) makes them:
+    /// `[batch, channels, height, width]`, even sides.
+    pub latents: Tensor<4>,
+    /// Standard normal noise of the shape of the latents.
+    pub noise: Tensor<4>,
+    /// Noise level of each sample, below [`FlowMatching::num_steps`]; 0 is pure noise.
+    pub timestep_indices: &'a [usize],
+    /// The guidance scalar that FLUX.1-dev takes as an input; the original trains with 3.5.
+    pub embedded_guidance: f32,
+}
+
+/// Losses of a batch, in f32.
+#[derive(Debug, Clone)]
+pub struct FlowLoss {
+    /// Mean over the samples of each one's error times the weight of its noise level.
+    pub total: Tensor<1>,
+    /// Mean squared error of the velocity, without weights.
+    pub mse: Tensor<1>,
+}
+
+impl FlowMatching {
+    /// The schedule of the original's training.
+    pub fn new() -> Self {
+        let schedule = FlowMatchSchedule::new(NUM_TRAIN_STEPS, 1.0);
+        let weights = schedule.training_weights();
+        Self { schedule, weights }
+    }
+
+    /// Number of noise levels, of which each sample draws one uniformly.
+    pub fn num_steps(&self) -> usize {
+        self.weights.len()
+    }
+
+    /// The noise levels.
+    pub fn schedule(&self) -> &FlowMatchSchedule {
+        &self.schedule
+    }
+
+    /// Weight of the loss at each noise level.
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// Clean latents with each sample's noise mixed in.
+    ///
+    /// # Shapes
+    /// - `clean`, `noise`: `[batch, channels, height, width]`
+    /// - returns: the same
+    ///
+    /// # Panics
+    /// If there is not one index per sample, or one is not below [`FlowMatching::num_steps`].
+    pub fn add_noise(&self, timestep_indices: &[usize], clean: Tensor<4>, noise: Tensor<4>) -> Tensor<4> {
+        let sigmas: Vec<f32> = self.sigmas(timestep_indices);
+        let kept = per_sample(sigmas.iter().map(|sigma| 1.0 - sigma).collect(), &clean);
+        let mixed_in = per_sample(sigmas, &clean);
+        clean * kept + noise * mixed_in
+    }
+
+    /// The loss of a batch; gradients reach the transformer and, through the condition tokens, the connector.
+    ///
+    /// # Panics
+    /// If the parts of the input are not of one batch, an index is not below [`FlowMatching::num_steps`], or a side of
+    /// the latents is odd.
+    ///
+    /// Source: Nexus-Gen (train_decoder.py), DiffSynth (flow_match.py, `training_target` and `training_weight`).
+    /// Differs: batches, of which each sample has a noise level of its own.
+    pub fn loss(&self, dit: &Dit, input: FlowMatchingInput<'_>) -> FlowLoss {
+        let FlowMatchingInput { conditioning, pooled, latents, noise, timestep_indices, embedded_guidance } = input;
+        let [batch, channels, height, width] = latents.dims();
+        assert_eq!(noise.dims(), latents.dims(), "noise and latents");
+        assert_eq!(conditioning.embeds.dims()[0], batch, "batch of the condition tokens");
+
+        let (dtype, device) = (latents.dtype(), latents.device());
+        let target = noise.clone().cast(DType::F32) - latents.clone().cast(DType::F32);
+        let timesteps: Vec<f32> = timestep_indices.iter().map(|&index| self.schedule.timesteps()[index]).collect();
+        let modulations = dit.modulations(&dit.conditioning(&timesteps, embedded_guidance, pooled));
+        let rotary = dit.rotary(&conditioning.text_ids, LatentSize { height, width }, dtype, &device);
+        let context = dit.context(conditioning.embeds.clone());
+        let noisy = self.add_noise(timestep_indices, latents, noise);
+        let velocity =
+            dit.forward(DitInput { latents: noisy, context, modulations: &modulations, rotary: &rotary }, None);
+
+        let error = (velocity.cast(DType::F32) - target).square();
+        let of_samples = error.reshape([batch, channels * height * width]).mean_dim(1).squeeze_dim::<1>(1);
+        let weights = timestep_indices.iter().map(|&index| self.weights[index]).collect();
+        let weights = Tensor::from_data(TensorData::new(weights, [batch]), (&device, DType::F32));
+        FlowLoss { total: (of_samples.clone() * weights).mean(), mse: of_samples.mean() }
+    }
+
+    fn sigmas(&self, timestep_indices: &[usize]) -> Vec<f32> {
+        timestep_indices.iter().map(|&index| self.schedule.sigmas()[index]).collect()
+    }
+}
+
+/// One factor per sample, as `[batch, 1, 1, 1]` in the dtype of `like`.
+fn per_sample(factors: Vec<f32>, like: &Tensor<4>) -> Tensor<4> {
+    let [batch, _, _, _] = like.dims();
+    assert_eq!(factors.len(), batch, "one noise level per sample");
+    let factors: Tensor<4> =
+        Tensor::from_data(TensorData::new(factors, [batch, 1, 1, 1]), (&like.device(), DType::F32));
+    factors.cast(like.dtype())
+}
