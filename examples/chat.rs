@@ -10,19 +10,15 @@ use std::{
 
 use anyhow::Result;
 use clap::Parser;
-use nexus::{ChatOptions, EditOptions, GenerateOptions, Image, Message, ReplyPart};
+use nexus::{Image, Message, ReplyPart};
 
 /// Talks with the model: text and pictures in, text and pictures out.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
-    /// Width and height of drawn pictures, in pixels
-    #[arg(long, default_value_t = 512)]
-    size: usize,
-    /// Denoising steps
-    #[arg(long = "num_inference_steps", default_value_t = 50)]
-    num_inference_steps: usize,
+    #[command(flatten)]
+    draw: cli::DrawArgs,
     /// Directory for drawn pictures
     #[arg(long = "result_path", default_value = ".")]
     result_path: PathBuf,
@@ -30,13 +26,10 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let (size, steps) = (args.size, args.num_inference_steps);
-    let options = ChatOptions {
-        generate: GenerateOptions { width: size, height: size, steps, ..GenerateOptions::default() },
-        edit: EditOptions { width: size, height: size, steps, ..EditOptions::default() },
-        ..ChatOptions::default()
-    };
     let mut nexus = args.model.load()?;
+    let mut options = nexus.default_options().clone();
+    options.generate = draw_options!(options.generate, args.draw.clone());
+    options.edit = draw_options!(options.edit, args.draw);
     let mut chat = nexus.with_progress(cli::progress()).chat(options);
     let mut pictures = 0;
     let mut images = vec![];

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use nexus::{EditOptions, EditWith, Image, Noise, TextOptions};
+use nexus::{EditWith, Image};
 
 /// Changes a picture as the instruction says.
 #[derive(Parser)]
@@ -26,14 +26,8 @@ struct Args {
     #[arg(long = "use_generation_decoder")]
     use_generation_decoder: bool,
     /// Largest area of the picture as the language model sees it, in pixels
-    #[arg(long = "max_pixels", default_value_t = 262_640)]
-    max_pixels: usize,
-    /// Classifier-free guidance; 1 is off
-    #[arg(long = "cfg_scale", default_value_t = 1.0)]
-    cfg_scale: f64,
-    /// Seed of the noise that the picture starts from
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
+    #[arg(long = "max_pixels")]
+    max_pixels: Option<usize>,
     /// Where the picture goes: PNG or JPEG
     #[arg(long = "result_path", default_value = "edit_result.png")]
     result_path: PathBuf,
@@ -42,21 +36,11 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let decoder = if args.use_generation_decoder { EditWith::GenerationDecoder } else { EditWith::EditingDecoder };
-    let options = EditOptions {
-        width: args.draw.width,
-        height: args.draw.height,
-        steps: args.draw.num_inference_steps,
-        cfg_scale: args.cfg_scale,
-        embedded_guidance: args.draw.embedded_guidance,
-        negative_prompt: args.draw.negative_prompt,
-        noise: Noise::Seed(args.seed),
-        tiled: args.draw.tiled,
-        decoder,
-        text: TextOptions { max_pixels: args.max_pixels, ..TextOptions::default() },
-        ..EditOptions::default()
-    };
     let image = Image::open(&args.input_image)?;
     let mut nexus = args.model.load()?;
+    let mut options = draw_options!(nexus.default_options().edit.clone(), args.draw);
+    options.decoder = decoder;
+    options.text.max_pixels = args.max_pixels.unwrap_or(options.text.max_pixels);
     let picture = nexus.with_progress(cli::progress()).edit(&image, &args.instruction, &options)?;
     if let Some(reply) = &picture.reply {
         println!("{reply}");

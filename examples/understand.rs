@@ -21,14 +21,13 @@ struct Args {
     #[arg(long, default_value = "Please give a brief description of the image.")]
     instruction: String,
     /// Largest area of a picture as the language model sees it, in pixels
-    #[arg(long = "max_pixels", default_value_t = 262_640)]
-    max_pixels: usize,
+    #[arg(long = "max_pixels")]
+    max_pixels: Option<usize>,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     let images = args.input_image.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
-    let options = TextOptions { max_pixels: args.max_pixels, ..TextOptions::default() };
     let mut nexus = args.model.load()?;
     let reply = nexus.with_progress(cli::progress()).understand(&images, &args.instruction, &options)?;
     println!("{reply}");

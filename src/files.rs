@@ -84,6 +84,11 @@ impl ModelFiles {
         self.nexus.join("generation_config.json")
     }
 
+    /// `nexus_options.json`, options that suit the model; the released repository has none.
+    pub fn default_options(&self) -> PathBuf {
+        self.nexus.join("nexus_options.json")
+    }
+
     /// Weights of the vision encoder and the language model.
     ///
     /// # Errors

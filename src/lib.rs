@@ -46,6 +46,8 @@
 //! | `metal` | Apple GPUs: `metal:0` |
 //! | `cuda` | NVIDIA GPUs: `cuda:0` |
 //! | `rocm` | AMD GPUs: `rocm:0` |
+//!
+//! `train` (default) adds the module `train`: recipes, runs and the objectives of every part.
 
 mod chat;
 mod device;
@@ -57,6 +59,8 @@ mod progress;
 mod reply;
 mod session;
 mod stages;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use burn::tensor::{Device, FloatDType};
 pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};

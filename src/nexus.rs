@@ -10,7 +10,7 @@ use nexus_ar::{ArConfig, GenerateEvent, Generation, GenerationConfig, Prompt, Sa
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions},
-    config::ConfigError,
+    config::{ConfigError, read_json},
 };
 use nexus_data::{Image, Message, ModelInput, Processor};
 use nexus_diffusion::LatentSize;
@@ -30,6 +30,7 @@ pub struct Nexus {
     pub(crate) processor: Processor,
     pub(crate) stages: Stages,
     generation_config: GenerationConfig,
+    default_options: ChatOptions,
     max_picture_pixels: usize,
 }
 
@@ -120,12 +121,17 @@ impl Loader {
         let config = ArConfig::read(files.config())?;
         check_tokenizer(&processor, &config)?;
         let generation_config = GenerationConfig::read(files.generation_config())?;
+        let default_options = match read_json(&files.default_options()) {
+            Err(ConfigError::Missing { .. }) => ChatOptions::default(),
+            read => read?,
+        };
         let mut stages = Stages::open(files, config, device, self.options, self.compute_dtype, self.residency)?;
         if self.residency == Residency::KeepAll {
             stages.vision_encoder(observer)?;
             stages.ar(observer)?;
         }
-        Ok(Nexus { processor, stages, generation_config, max_picture_pixels: self.max_picture_pixels })
+        let max_picture_pixels = self.max_picture_pixels;
+        Ok(Nexus { processor, stages, generation_config, default_options, max_picture_pixels })
     }
 }
 
@@ -215,9 +221,9 @@ impl Nexus {
         self.quietly().edit(image, instruction, options)
     }
 
-    /// Begins a conversation with default options.
+    /// Begins a conversation with the model's default options.
     pub fn chat(&mut self) -> Chat<'_> {
-        self.chat_with(ChatOptions::default())
+        self.chat_with(self.default_options.clone())
     }
 
     /// Begins a conversation.
@@ -274,6 +280,11 @@ impl Nexus {
     /// Where the model's files are.
     pub fn files(&self) -> &ModelFiles {
         &self.stages.files
+    }
+
+    /// Options that suit the model: what `nexus_options.json` says, or those of the original's scripts without it.
+    pub fn default_options(&self) -> &ChatOptions {
+        &self.default_options
     }
 
     /// What `generation_config.json` says.

@@ -56,26 +56,49 @@ impl ModelArgs {
 }
 
 /// How a picture is drawn, under the names of the original's scripts.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub struct DrawArgs {
-    /// Width in pixels, rounded up to a multiple of 16
-    #[arg(long, default_value_t = 512)]
-    pub width: usize,
-    /// Height in pixels, rounded up to a multiple of 16
-    #[arg(long, default_value_t = 512)]
-    pub height: usize,
-    /// Denoising steps
-    #[arg(long = "num_inference_steps", default_value_t = 50)]
-    pub num_inference_steps: usize,
+    /// Width in pixels, rounded up to a multiple of 16; 512 if the model has no size of its own
+    #[arg(long)]
+    pub width: Option<usize>,
+    /// Height in pixels, rounded up to a multiple of 16; 512 if the model has no size of its own
+    #[arg(long)]
+    pub height: Option<usize>,
+    /// Denoising steps; 50 if the model has no number of its own
+    #[arg(long = "num_inference_steps")]
+    pub num_inference_steps: Option<usize>,
     /// What the picture should not show; used if --cfg_scale is not 1
-    #[arg(long = "negative_prompt", default_value = "")]
-    pub negative_prompt: String,
-    /// Guidance that is embedded into the transformer
-    #[arg(long = "embedded_guidance", default_value_t = 3.5)]
-    pub embedded_guidance: f64,
+    #[arg(long = "negative_prompt")]
+    pub negative_prompt: Option<String>,
+    /// Guidance that is embedded into the transformer; 3.5 if the model has none of its own
+    #[arg(long = "embedded_guidance")]
+    pub embedded_guidance: Option<f64>,
+    /// Classifier-free guidance; 1 is off and twice as fast
+    #[arg(long = "cfg_scale")]
+    pub cfg_scale: Option<f64>,
+    /// Seed of the noise that the picture starts from
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// Draw in overlapping tiles, for large pictures
     #[arg(long)]
     pub tiled: bool,
+}
+
+/// Puts what was given on the command line over the model's options for generation or editing.
+#[macro_export]
+macro_rules! draw_options {
+    ($options:expr, $args:expr) => {{
+        let (mut options, args) = ($options, $args);
+        options.width = args.width.unwrap_or(options.width);
+        options.height = args.height.unwrap_or(options.height);
+        options.steps = args.num_inference_steps.unwrap_or(options.steps);
+        options.cfg_scale = args.cfg_scale.unwrap_or(options.cfg_scale);
+        options.embedded_guidance = args.embedded_guidance.unwrap_or(options.embedded_guidance);
+        options.negative_prompt = args.negative_prompt.unwrap_or(options.negative_prompt);
+        options.noise = args.seed.map_or(options.noise, nexus::Noise::Seed);
+        options.tiled |= args.tiled;
+        options
+    }};
 }
 
 /// An observer that shows a bar with the stage at work, the steps done and the time left.

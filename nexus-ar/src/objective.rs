@@ -120,6 +120,24 @@ impl ArModel {
         Ok(table.select(0, rows).reshape([batch.samples, batch.tokens, hidden]))
     }
 
+    /// What the model predicts for the answer images of a batch, each from the text before it, as constants.
+    ///
+    /// # Shapes
+    /// - returns: one `[1, 81, hidden]` for each answer image, in the order of the samples
+    ///
+    /// # Errors
+    /// As [`ArModel::embed_batch`].
+    pub fn predict_answers(&self, batch: &TrainingBatch, dtype: FloatDType) -> Result<Vec<Tensor<3>>, ArError> {
+        let hidden = self.forward_batch(self.embed_batch(batch, true, dtype)?, batch);
+        let [samples, tokens, width] = hidden.dims();
+        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
+        let predict = |rows: &[usize]| {
+            let rows = indices(rows.iter().map(|&row| row as i64).collect(), &hidden);
+            self.predict_embeds(hidden.clone().select(0, rows).unsqueeze()).detach()
+        };
+        Ok(batch.image_labels.chunks(NUM_IMAGE_TOKENS).map(predict).collect())
+    }
+
     /// Hidden states of a batch after the final norm, causal, without a cache.
     ///
     /// # Shapes

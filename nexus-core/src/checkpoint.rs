@@ -29,7 +29,7 @@ mod write;
 mod zip;
 
 pub use error::CheckpointError;
-pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module};
+pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module, save_module_as};
 pub use manifest::{Manifest, ManifestDifference, ManifestProgress, ManifestTensor};
 pub use names::WeightNames;
 #[cfg(feature = "train")]

@@ -42,7 +42,7 @@ pub struct Recipe {
     pub sample_every: Option<usize>,
     /// Bad samples after which the run stops.
     #[serde(default = "hundred")]
-    pub max_rejected: usize,
+    pub max_rejected: u64,
     /// Stages, one after the other; each begins with a fresh optimizer.
     pub stages: Vec<StageRecipe>,
 }
@@ -366,7 +366,7 @@ fn ten() -> usize {
     10
 }
 
-fn hundred() -> usize {
+fn hundred() -> u64 {
     100
 }
 

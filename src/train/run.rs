@@ -33,7 +33,7 @@ pub struct RunState {
     /// Samples of this stage that were used, which is where the data go on.
     pub cursor: u64,
     /// Samples that were set aside.
-    pub rejected: usize,
+    pub rejected: u64,
     /// Steps in the averaged weights.
     pub average_steps: usize,
 }

@@ -110,6 +110,28 @@ pub fn save_module(
     })
 }
 
+/// [`save_module`] with the float parameters rounded to another dtype.
+///
+/// # Errors
+/// As [`save_module`].
+pub fn save_module_as<M: Module>(
+    module: &M,
+    names: &WeightNames,
+    path: &Path,
+    dtype: FloatDType,
+) -> Result<(), CheckpointError> {
+    save_module(&module.clone().map(&mut Caster(dtype.into())), names, path, None)
+}
+
+/// Rounds the float parameters of a module.
+struct Caster(DType);
+
+impl ModuleMapper for Caster {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| value.detach().cast(self.0))
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Float,

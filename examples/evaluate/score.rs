@@ -1,0 +1,112 @@
+//! Scores: right and wrong answers by group -> `report.json` and `report.md`.
+
+use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
+
+use anyhow::{Context, Result};
+use nexus::data::world::Split;
+use serde::Serialize;
+
+/// Right ones among all, in all and by group.
+#[derive(Debug, Default, Serialize)]
+pub struct Score {
+    all: Share,
+    groups: BTreeMap<String, Share>,
+    /// Mean PSNR outside the changed region, in dB, over edits that are not perfect there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    psnr_outside_db: Option<f64>,
+    #[serde(skip)]
+    psnr: Vec<f64>,
+}
+
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+struct Share {
+    right: u64,
+    count: u64,
+}
+
+impl Share {
+    fn add(&mut self, correct: bool) {
+        self.count += 1;
+        self.right += u64::from(correct);
+    }
+
+    fn value(self) -> f64 {
+        self.right as f64 / self.count.max(1) as f64
+    }
+
+    /// Half the width of the 95 % Wilson interval.
+    fn margin(self) -> f64 {
+        let (n, p, z) = (self.count.max(1) as f64, self.value(), 1.96);
+        z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt()
+    }
+}
+
+impl Score {
+    pub fn add(&mut self, groups: &[String], correct: bool) {
+        self.all.add(correct);
+        for group in groups {
+            self.groups.entry(group.clone()).or_default().add(correct);
+        }
+    }
+
+    pub fn add_psnr(&mut self, decibels: f64) {
+        self.psnr.push(decibels);
+        self.psnr_outside_db = Some(self.psnr.iter().sum::<f64>() / self.psnr.len() as f64);
+    }
+
+    pub fn count(&self) -> u64 {
+        self.all.count
+    }
+
+    pub fn overall(&self) -> f64 {
+        self.all.value()
+    }
+}
+
+/// Scores of all tasks.
+#[derive(Serialize)]
+pub struct Report {
+    command: String,
+    seed: u64,
+    scenes: String,
+    tasks: BTreeMap<String, Score>,
+}
+
+impl Report {
+    pub fn new(seed: u64, split: Split) -> Self {
+        let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+        let command = format!("cargo run --release --example evaluate -- {command}");
+        Self { command, seed, scenes: format!("{split:?}"), tasks: BTreeMap::new() }
+    }
+
+    pub fn add(&mut self, task: String, score: Score) {
+        self.tasks.insert(task, score);
+    }
+
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let mut table = format!("`{}`\n\nScenes: {}, seed {}.\n\n", self.command, self.scenes, self.seed);
+        table.push_str("| task | kind | right | of | share | +- |\n|---|---|---|---|---|---|\n");
+        for (task, score) in &self.tasks {
+            let mut row = |kind: &str, share: Share| {
+                let (right, of, value, margin) = (share.right, share.count, share.value(), share.margin());
+                writeln!(table, "| {task} | {kind} | {right} | {of} | {value:.3} | {margin:.3} |")
+            };
+            row("all", score.all)?;
+            for (kind, share) in &score.groups {
+                row(kind, *share)?;
+            }
+        }
+        for (task, score) in &self.tasks {
+            if let Some(decibels) = score.psnr_outside_db {
+                writeln!(table, "\n{task}: {decibels:.1} dB PSNR outside the changed region, mean.")?;
+            }
+        }
+        let write = |name: &str, text: &[u8]| {
+            let path = dir.join(name);
+            let beside = dir.join(format!("{name}.unfinished"));
+            fs::write(&beside, text).and_then(|()| fs::rename(&beside, &path)).with_context(|| path.display().to_string())
+        };
+        write("report.json", &serde_json::to_vec_pretty(self)?)?;
+        write("report.md", table.as_bytes())
+    }
+}

@@ -1,0 +1,101 @@
+//! What does the world of nexus-tiny look like? `cargo run --release --example world -- --task generation --sheet world.png`
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use nexus::{
+    Image, Message, Role,
+    data::{
+        MessagesWriter,
+        world::{SIDE_PX, Split, Task, World},
+    },
+};
+
+/// Shows samples of the world: their texts, a sheet of their pictures, or a file of conversations to train on.
+#[derive(Parser)]
+struct Args {
+    /// What the samples ask for
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Asked::Generation])]
+    task: Vec<Asked>,
+    /// Samples of each task
+    #[arg(long, default_value_t = 24)]
+    count: u64,
+    /// Seed of the world
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Scenes with compositions that training never sees
+    #[arg(long)]
+    held_out: bool,
+    /// Print the texts, one to a line, for `tools/tiny/make_tokenizer.py`
+    #[arg(long)]
+    texts: bool,
+    /// Write a sheet of the last pictures
+    #[arg(long)]
+    sheet: Option<PathBuf>,
+    /// Write the conversations and their pictures in the messages format
+    #[arg(long)]
+    messages: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Asked {
+    Understanding,
+    Generation,
+    Editing,
+    MultiTurn,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let world = World::new(args.seed);
+    let split = if args.held_out { Split::HeldOut } else { Split::Train };
+    let mut writer = args.messages.as_ref().map(MessagesWriter::create).transpose()?;
+    let mut pictures = vec![];
+    for asked in &args.task {
+        let task = match asked {
+            Asked::Understanding => Task::Understanding,
+            Asked::Generation => Task::Generation,
+            Asked::Editing => Task::Editing,
+            Asked::MultiTurn => Task::MultiTurn,
+        };
+        for index in 0..args.count {
+            let sample = world.sample(task, split, index);
+            if let Some(writer) = &mut writer {
+                writer.push(&sample.messages)?;
+            }
+            if args.texts {
+                for text in sample.messages.iter().flat_map(Message::texts) {
+                    println!("{text}");
+                }
+            } else {
+                let answer = sample.messages.iter().rev().find(|message| message.role == Role::Assistant);
+                let answer: String = answer.map(|message| message.texts().collect()).unwrap_or_default();
+                println!("{:?}: {} -> {answer}", sample.kind, sample.prompt);
+            }
+            pictures.extend(sample.messages.iter().rev().flat_map(Message::images).next().cloned());
+        }
+    }
+    if let Some(writer) = writer {
+        writer.finish()?;
+    }
+    match args.sheet {
+        Some(path) => Ok(sheet(&pictures)?.save(path)?),
+        None => Ok(()),
+    }
+}
+
+fn sheet(pictures: &[Image]) -> Result<Image> {
+    const COLUMNS: usize = 8;
+    let step = SIDE_PX + 4;
+    let (width, height) = (COLUMNS * step, pictures.len().div_ceil(COLUMNS).max(1) * step);
+    let mut rgb = vec![255; 3 * width * height];
+    for (index, picture) in pictures.iter().enumerate() {
+        let (left, top) = (index % COLUMNS * step, index / COLUMNS * step);
+        for (y, line) in picture.rgb().chunks_exact(3 * SIDE_PX).enumerate() {
+            rgb[3 * ((top + y) * width + left)..][..line.len()].copy_from_slice(line);
+        }
+    }
+    Ok(Image::from_rgb8(width, height, rgb)?)
+}

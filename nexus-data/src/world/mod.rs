@@ -1,0 +1,246 @@
+//! A world of which we know the truth: seeded scenes of shapes -> pictures, prompts, questions, edits and their answers.
+//!
+//! It is for training small models and for scoring them. A picture has 144x144 pixels and 3x3 places with up to four
+//! objects; everything about it is in its [`Scene`].
+//!
+//! **Every prompt determines one scene.** A model that predicts embeddings by regression answers an open question with
+//! the mean of all answers, which is a blur. So what a prompt leaves out has a default: objects are large and solid, the
+//! background is white, the style flat, and objects without places stand in [`canonical_places`] in the order in which
+//! they are named.
+//!
+//! **Held-out compositions.** The pairs of colour and shape for which [`is_held_out`] holds never occur in a scene of
+//! [`Split::Train`]; every sample of [`Split::HeldOut`] shows at least one.
+//!
+//! **Samples are functions.** A sample depends on the seed, the task, the split and its number alone: there is no state,
+//! and any number can be asked for at once.
+
+mod compose;
+mod draws;
+mod edits;
+mod phrases;
+mod questions;
+mod render;
+mod scene;
+
+use serde::{Deserialize, Serialize};
+
+use self::compose::Pairs;
+use self::draws::Draws;
+use self::scene::either;
+use crate::{Image, Language, Message, edit_prompt, generation_prompt};
+
+pub use self::compose::canonical_places;
+pub use self::render::{PLACE_PX, PixelNoise, SIDE_PX};
+pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
+
+/// What a sample asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// A question about a picture.
+    Understanding,
+    /// A picture of a description.
+    Generation,
+    /// A changed picture.
+    Editing,
+    /// Several turns about one picture.
+    MultiTurn,
+}
+
+/// Kind of a sample, within its task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Kind {
+    Describe,
+    Count,
+    Colour,
+    Where,
+    Presence,
+    Compare,
+    SingleObject,
+    TwoObjects,
+    Counting,
+    Colours,
+    Position,
+    AttributeBinding,
+    Add,
+    Remove,
+    Recolour,
+    Reshape,
+    Resize,
+    Background,
+    Move,
+    Restyle,
+    GenerateThenUnderstand,
+    TwoEdits,
+}
+
+impl Task {
+    /// Kinds of its samples.
+    pub fn kinds(self) -> &'static [Kind] {
+        match self {
+            Self::Understanding => {
+                &[Kind::Describe, Kind::Count, Kind::Colour, Kind::Where, Kind::Presence, Kind::Compare]
+            }
+            Self::Generation => &[
+                Kind::SingleObject,
+                Kind::TwoObjects,
+                Kind::Counting,
+                Kind::Colours,
+                Kind::Position,
+                Kind::AttributeBinding,
+            ],
+            Self::Editing => &[
+                Kind::Add,
+                Kind::Remove,
+                Kind::Recolour,
+                Kind::Reshape,
+                Kind::Resize,
+                Kind::Background,
+                Kind::Move,
+                Kind::Restyle,
+            ],
+            Self::MultiTurn => &[Kind::GenerateThenUnderstand, Kind::TwoEdits],
+        }
+    }
+}
+
+/// Whether compositions may be those of training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// Without held-out pairs.
+    Train,
+    /// With at least one held-out pair.
+    HeldOut,
+}
+
+/// A conversation with its truth.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// Name of the sample: task, split, seed and number.
+    pub id: String,
+    /// What it asks for.
+    pub task: Task,
+    /// Kind within the task.
+    pub kind: Kind,
+    /// Language of all texts.
+    pub language: Language,
+    /// What a person types first: the description, the instruction or the question.
+    pub prompt: String,
+    /// All turns with their images, the model's last.
+    pub messages: Vec<Message>,
+    /// The truth of every image, in the order of the messages.
+    pub scenes: Vec<Scene>,
+}
+
+/// All samples of one seed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct World {
+    seed: u64,
+}
+
+/// Share of Chinese samples, in percent.
+const CHINESE_PERCENT: usize = 25;
+
+impl World {
+    /// The world of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self { seed }
+    }
+
+    /// One of its samples.
+    pub fn sample(&self, task: Task, split: Split, index: u64) -> Sample {
+        let mut draws = Draws::new(self.seed, 16 * (task as u64 + 1) + split as u64, index);
+        let kind = draws.one(task.kinds());
+        let language = if draws.percent(CHINESE_PERCENT) { Language::Chinese } else { Language::English };
+        let pairs = match split {
+            Split::Train => Pairs::Seen,
+            Split::HeldOut => Pairs::FirstHeldOut,
+        };
+        let mut conversation = Conversation::default();
+        let prompt = match (task, kind) {
+            (Task::Understanding, _) => conversation.question(kind, language, pairs, &mut draws),
+            (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
+            (Task::MultiTurn, Kind::GenerateThenUnderstand) => {
+                let drawn = draws.one(Task::Generation.kinds());
+                let prompt = conversation.generation(drawn, language, pairs, &mut draws);
+                conversation.question_about_last(draws.one(Task::Understanding.kinds()), language, &mut draws);
+                prompt
+            }
+            _ => {
+                let first = if task == Task::Editing { kind } else { draws.one(Task::Editing.kinds()) };
+                let prompt = conversation.edit(first, language, pairs, &mut draws);
+                if task == Task::MultiTurn {
+                    conversation.edit_last(draws.one(Task::Editing.kinds()), language, &mut draws);
+                }
+                prompt
+            }
+        };
+        let id = format!("{task:?}-{split:?}-{}-{index}", self.seed);
+        let Conversation { messages, scenes } = conversation;
+        Sample { id, task, kind, language, prompt, messages, scenes }
+    }
+}
+
+/// A conversation that is being composed.
+#[derive(Default)]
+struct Conversation {
+    messages: Vec<Message>,
+    scenes: Vec<Scene>,
+}
+
+impl Conversation {
+    fn question(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+        let scene = questions::scene(pairs, draws);
+        let (question, answer) = questions::ask(kind, &scene, language, draws);
+        // Pictures of other sources are never quite clean.
+        let noise = draws.percent(30).then(|| PixelNoise { amplitude: 6, seed: draws.below(1 << 30) as u64 });
+        let image = scene.render_with(noise);
+        self.messages.push(Message::user().with_image(image).with_text(question.clone()));
+        self.messages.push(Message::assistant().with_text(answer));
+        self.scenes.push(scene);
+        question
+    }
+
+    fn question_about_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
+        let Some(scene) = self.scenes.last() else { return };
+        let (question, answer) = questions::ask(kind, scene, language, draws);
+        self.messages.push(Message::text(question));
+        self.messages.push(Message::assistant().with_text(answer));
+    }
+
+    fn generation(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+        let (prompt, scene) = compose::generation(kind, language, pairs, draws);
+        // A prompt of the world is never empty, which is all that can be wrong with one.
+        let asked = generation_prompt(&prompt, language).unwrap_or_else(|_| prompt.clone());
+        self.messages.push(Message::text(asked));
+        self.answer(scene, language);
+        prompt
+    }
+
+    fn edit(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+        let before = edits::scene(pairs, draws);
+        let (instruction, after) = edits::change(kind, &before, language, draws);
+        let asked = edit_prompt(&instruction).unwrap_or_else(|_| instruction.clone());
+        self.messages.push(Message::user().with_text(asked).with_image(before.render()));
+        self.scenes.push(before);
+        self.answer(after, language);
+        instruction
+    }
+
+    fn edit_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
+        let Some(before) = self.scenes.last() else { return };
+        let (instruction, after) = edits::change(kind, before, language, draws);
+        self.messages.push(Message::text(instruction));
+        self.answer(after, language);
+    }
+
+    fn answer(&mut self, scene: Scene, language: Language) {
+        let text = either(language, "Here is the image: ", "这是图像：");
+        let image: Image = scene.render();
+        self.messages.push(Message::assistant().with_text(text).with_image(image));
+        self.scenes.push(scene);
+    }
+}

@@ -1,0 +1,153 @@
+//! Questions about scenes: a scene -> a question and its one right answer.
+
+use super::Kind;
+use super::compose::{Pairs, free_scene, pairs, usual};
+use super::draws::Draws;
+use super::phrases::{Detail, at, description, kind_of, noun, the};
+use super::scene::{Colour, Object, Scene, Shape, either};
+use crate::Language;
+
+/// Questions of one kind; `{}` is what is asked about.
+const DESCRIBE: [[&str; 5]; 2] = [
+    ["Describe the image.", "What do you see?", "What is in the picture?", "Please describe this picture.", "What does the image show?"],
+    ["描述这张图片。", "你看到了什么？", "图片里有什么？", "请描述这幅图。", "这张图显示了什么？"],
+];
+const COUNT: [[&str; 5]; 2] = [
+    ["How many {} are there?", "Count the {}.", "How many {} do you see?", "What is the number of {}?", "How many {} does the picture show?"],
+    ["有几个{}？", "数一数{}。", "你看到几个{}？", "{}的数量是多少？", "图里有多少个{}？"],
+];
+const COLOUR: [[&str; 5]; 2] = [
+    ["What colour is {}?", "Which colour does {} have?", "What is the colour of {}?", "Tell me the colour of {}.", "{} is of which colour?"],
+    ["{}是什么颜色？", "{}的颜色是什么？", "告诉我{}的颜色。", "请问{}是哪种颜色？", "{}有什么颜色？"],
+];
+const WHERE: [[&str; 5]; 2] = [
+    ["Where is {}?", "In which place is {}?", "Where do you see {}?", "Where can {} be found?", "Tell me where {} is."],
+    ["{}在哪里？", "{}在什么位置？", "你在哪里看到{}？", "告诉我{}的位置。", "请问{}在哪儿？"],
+];
+const PRESENCE: [[&str; 5]; 2] = [
+    ["Is there any {}?", "Is any {} in the image?", "Do you see any {}?", "Does the picture show any {}?", "Can any {} be seen?"],
+    ["有{}吗？", "图里有{}吗？", "你看到{}吗？", "图片显示{}吗？", "能看到{}吗？"],
+];
+const LARGER: [[&str; 5]; 2] = [
+    ["Is {a} larger than {b}?", "Is {a} bigger than {b}?", "Compared with {b}, is {a} larger?", "Does {a} look larger than {b}?", "Is {a} the larger one, compared with {b}?"],
+    ["{a}比{b}大吗？", "{a}是不是比{b}大？", "和{b}相比，{a}更大吗？", "{a}看起来比{b}大吗？", "比起{b}，{a}更大吗？"],
+];
+const FURTHER_LEFT: [[&str; 5]; 2] = [
+    ["Is {a} further left than {b}?", "Is {a} to the left of {b}?", "Does {a} stand left of {b}?", "Compared with {b}, is {a} further left?", "Is {a} on the left side of {b}?"],
+    ["{a}在{b}左侧吗？", "{a}比{b}更靠左吗？", "{a}是不是在{b}左侧？", "和{b}相比，{a}更靠左吗？", "比起{b}，{a}更靠左吗？"],
+];
+const MORE: [[&str; 5]; 2] = [
+    ["Are there more {a} than {b}?", "Do you see more {a} than {b}?", "Does the picture show more {a} than {b}?", "Is the number of {a} larger than that of {b}?", "Compared with {b}, are there more {a}?"],
+    ["{a}比{b}多吗？", "{a}是不是比{b}多？", "图里{a}比{b}多吗？", "{a}的数量比{b}大吗？", "和{b}相比，{a}更多吗？"],
+];
+
+/// A scene for a question.
+pub(super) fn scene(allowed: Pairs, draws: &mut Draws) -> Scene {
+    let count = 1 + draws.below(4);
+    let mut scene = free_scene(count, allowed, draws);
+    // Now and then several of a kind, so that there is something to count.
+    if scene.objects.len() > 1 && draws.percent(30) {
+        let objects = &mut scene.objects;
+        let held_out = objects.iter().position(|object| super::is_held_out(object.colour, object.shape)).unwrap_or(0);
+        let (first, on_top) = (objects[held_out], objects.windows(2).any(|pair| pair[0].place == pair[1].place));
+        if !on_top {
+            let from = draws.below(objects.len());
+            for object in &mut objects[from..] {
+                (object.colour, object.shape) = (first.colour, first.shape);
+            }
+        }
+    }
+    scene
+}
+
+/// A question of a kind about a scene, and its answer.
+pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Draws) -> (String, String) {
+    let form = |forms: &[[&'static str; 5]; 2], draws: &mut Draws| -> &'static str { draws.one(&forms[at(language)]) };
+    let truth = |is: bool| either(language, if is { "yes" } else { "no" }, if is { "是" } else { "否" }).to_string();
+    let objects = &scene.objects;
+    match kind {
+        Kind::Describe => (form(&DESCRIBE, draws).to_string(), description(scene, language)),
+        Kind::Count => {
+            let any = draws.one(objects);
+            let shape = if draws.percent(75) { any.shape } else { draws.one(&Shape::ALL) };
+            let colour = if draws.percent(75) { any.colour } else { draws.one(&Colour::ALL) };
+            let (what, count) = match draws.below(3) {
+                0 => (either(language, "shapes", "图形").to_string(), objects.len()),
+                1 => (kind_of(shape, language).to_string(), objects.iter().filter(|o| o.shape == shape).count()),
+                _ => {
+                    let what = either(language, format!("{} shapes", colour.name(language)), format!("{}图形", colour.name(language)));
+                    (what, objects.iter().filter(|o| o.colour == colour).count())
+                }
+            };
+            (form(&COUNT, draws).replace("{}", &what), count.to_string())
+        }
+        Kind::Colour => match unique(objects, |object| object.shape).first() {
+            Some(object) => {
+                let what = the(object.shape.name(language), language);
+                (capital(&form(&COLOUR, draws).replace("{}", &what)), object.colour.name(language).to_string())
+            }
+            None => ask(Kind::Presence, scene, language, draws),
+        },
+        Kind::Where => match unique(objects, |object| (object.colour, object.shape)).as_slice() {
+            [] => ask(Kind::Count, scene, language, draws),
+            found => {
+                let object = draws.one(found);
+                let what = the(&noun(&object, Detail::Name, language), language);
+                (capital(&form(&WHERE, draws).replace("{}", &what)), object.place.name(language).to_string())
+            }
+        },
+        Kind::Compare => compare(scene, language, draws),
+        _ => {
+            let present = draws.percent(50);
+            let asked = if present {
+                draws.one(objects)
+            } else {
+                // The right shape in another colour or the other way round, as often as something quite different.
+                let near = draws.one(objects);
+                let other = usual(pairs(1, Pairs::Seen, draws)[0]);
+                let mixed = [Object { colour: other.colour, ..near }, Object { shape: other.shape, ..near }, other];
+                let mixed = draws.one(&mixed);
+                if super::is_held_out(mixed.colour, mixed.shape) { other } else { mixed }
+            };
+            let is = objects.iter().any(|object| (object.colour, object.shape) == (asked.colour, asked.shape));
+            let what = noun(&asked, Detail::Name, language);
+            (form(&PRESENCE, draws).replace("{}", &what), truth(is))
+        }
+    }
+}
+
+fn compare(scene: &Scene, language: Language, draws: &mut Draws) -> (String, String) {
+    let truth = |is: bool| either(language, if is { "yes" } else { "no" }, if is { "是" } else { "否" }).to_string();
+    let fill = |form: &str, a: &str, b: &str| capital(&form.replace("{a}", a).replace("{b}", b));
+    let named = unique(&scene.objects, |object| (object.colour, object.shape));
+    let [a, b] = match draws.some(&named, 2).as_slice() {
+        [a, b] => [*a, *b],
+        _ => {
+            let shapes = draws.some(&Shape::ALL, 2);
+            let count = |shape| scene.objects.iter().filter(|object| object.shape == shape).count();
+            let form = draws.one(&MORE[at(language)]);
+            let text = fill(form, kind_of(shapes[0], language), kind_of(shapes[1], language));
+            return (text, truth(count(shapes[0]) > count(shapes[1])));
+        }
+    };
+    let [name_a, name_b] = [a, b].map(|object| the(&noun(&object, Detail::Name, language), language));
+    match draws.below(2) {
+        0 => (fill(draws.one(&LARGER[at(language)]), &name_a, &name_b), truth(a.size > b.size)),
+        _ => {
+            let is = a.place.column() < b.place.column();
+            (fill(draws.one(&FURTHER_LEFT[at(language)]), &name_a, &name_b), truth(is))
+        }
+    }
+}
+
+/// Objects that no other one of the scene has this in common with.
+pub(super) fn unique<K: PartialEq>(objects: &[Object], key: impl Fn(&Object) -> K) -> Vec<Object> {
+    let alone = |object: &&Object| objects.iter().filter(|other| key(other) == key(object)).count() == 1;
+    objects.iter().filter(alone).copied().collect()
+}
+
+/// The text with a capital first letter.
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
+}

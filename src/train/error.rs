@@ -1,0 +1,105 @@
+//! What can go wrong while training.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong while training; what is on disk stays usable.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// A stage, its files or its input.
+    #[error(transparent)]
+    Model(#[from] crate::Error),
+    /// The saved state does not fit the model.
+    #[error(transparent)]
+    State(#[from] nexus_core::train::TrainStateError),
+    /// Another process trains in this directory.
+    #[error("{path}: another process trains here; wait for it or choose another directory", path = path.display())]
+    Busy {
+        /// Directory of the run.
+        path: PathBuf,
+    },
+    /// The run was begun with another recipe.
+    #[error(
+        "{path}: this run was begun with another recipe, which differs in `{field}`; use another directory to begin anew",
+        path = path.display()
+    )]
+    OtherRecipe {
+        /// Directory of the run.
+        path: PathBuf,
+        /// First field that differs.
+        field: &'static str,
+    },
+    /// A file of the run cannot be read or written.
+    #[error("{path}: {source}", path = path.display())]
+    RunFile {
+        /// File or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The loss is no number; the latest checkpoint is from before.
+    #[error("step {step}: the loss is NaN or infinite, first seen in `{parameter}`; the latest checkpoint is intact")]
+    NotFinite {
+        /// Step at fault, counted from 1.
+        step: usize,
+        /// Parameter whose value or gradient is not finite, or `loss`.
+        parameter: String,
+    },
+    /// No sample of a batch could be used.
+    #[error("step {step}: none of the samples could be used; their reasons are in {rejected}", rejected = rejected.display())]
+    NoSamples {
+        /// Step at fault, counted from 1.
+        step: usize,
+        /// File of the reasons.
+        rejected: PathBuf,
+    },
+    /// A pattern of the recipe means nothing.
+    #[error("stage `{stage}`: `{pattern}` in `frozen` matches no parameter")]
+    UnknownPattern {
+        /// Stage of the recipe.
+        stage: String,
+        /// Pattern at fault.
+        pattern: String,
+    },
+    /// All parameters are frozen.
+    #[error("stage `{stage}`: every parameter is frozen, so there is nothing to train")]
+    NothingTrained {
+        /// Stage of the recipe.
+        stage: String,
+    },
+    /// The curves cannot be drawn.
+    #[error("{path}: cannot draw the curves: {reason}", path = path.display())]
+    Plot {
+        /// File of the plot.
+        path: PathBuf,
+        /// What the plotting library said.
+        reason: String,
+    },
+}
+
+impl TrainError {
+    pub(crate) fn file(path: &Path) -> impl Fn(std::io::Error) -> Self + use<> {
+        let path = path.to_path_buf();
+        move |source| Self::RunFile { path: path.clone(), source }
+    }
+}
+
+macro_rules! through_the_facade {
+    ($($error:ty),*) => {
+        $(impl From<$error> for TrainError {
+            fn from(error: $error) -> Self {
+                Self::Model(error.into())
+            }
+        })*
+    };
+}
+
+through_the_facade!(
+    nexus_data::DataError,
+    nexus_vision_encoder::VisionEncoderError,
+    nexus_ar::ArError,
+    nexus_diffusion::DiffusionError,
+    nexus_core::checkpoint::CheckpointError,
+    nexus_core::config::ConfigError,
+    nexus_core::EmbedsError
+);

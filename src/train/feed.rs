@@ -1,0 +1,83 @@
+//! Samples of a stage: the number of a sample -> a conversation, or a reason why it was set aside.
+
+use std::fmt::Display;
+
+use nexus_data::{
+    Message, MessagesFile, Mixture, RejectedSamples,
+    world::{Split, Task, World},
+};
+
+use super::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
+
+/// The sources of one stage, mixed.
+pub(crate) struct Feed {
+    mixture: Mixture,
+    sources: Vec<OpenSource>,
+    rejected: RejectedSamples,
+}
+
+enum OpenSource {
+    World { world: World, task: Task },
+    Messages(MessagesFile),
+}
+
+impl Feed {
+    pub(crate) fn open(
+        stage: &StageRecipe,
+        recipe: &Recipe,
+        index: usize,
+        dir: &RunDir,
+        rejected: u64,
+    ) -> Result<Self, TrainError> {
+        let sources = stage.data.iter().map(|data| match &data.source {
+            Source::World { seed, task } => Ok(OpenSource::World { world: World::new(*seed), task: *task }),
+            Source::Messages { path } => Ok(OpenSource::Messages(MessagesFile::open(path)?)),
+        });
+        let sources: Vec<OpenSource> = sources.collect::<Result<_, TrainError>>()?;
+        let shares: Vec<(f64, Option<u64>)> =
+            stage.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
+        let mixture = Mixture::new(recipe.seed.wrapping_add(index as u64), &shares)?;
+        let rejected = RejectedSamples::new(dir.path().join(REJECTED), recipe.max_rejected)?.with_count(rejected)?;
+        Ok(Self { mixture, sources, rejected })
+    }
+
+    /// The conversation of a sample; `None` if it was set aside.
+    pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Vec<Message>>, TrainError> {
+        let pick = self.mixture.pick(number);
+        let failed = match &self.sources[pick.source] {
+            OpenSource::World { world, task } => {
+                return Ok(Some(world.sample(*task, Split::Train, pick.index).messages));
+            }
+            OpenSource::Messages(file) => match file.get(pick.index) {
+                Ok(messages) => return Ok(Some(messages)),
+                Err(error) => error,
+            },
+        };
+        self.reject(number, &failed)?;
+        Ok(None)
+    }
+
+    /// Sets a sample aside.
+    pub(crate) fn reject(&mut self, number: u64, reason: &dyn Display) -> Result<(), TrainError> {
+        let pick = self.mixture.pick(number);
+        let source = match &self.sources[pick.source] {
+            OpenSource::World { .. } => "world".to_string(),
+            OpenSource::Messages(file) => file.path().display().to_string(),
+        };
+        Ok(self.rejected.reject(&source, pick.index, reason)?)
+    }
+
+    /// Samples set aside so far.
+    pub(crate) fn rejected(&self) -> u64 {
+        self.rejected.count()
+    }
+}
+
+impl OpenSource {
+    fn len(&self) -> Option<u64> {
+        match self {
+            Self::World { .. } => None,
+            Self::Messages(file) => Some(file.len()),
+        }
+    }
+}

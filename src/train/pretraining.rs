@@ -1,0 +1,138 @@
+//! Training the autoencoder, which the original takes from FLUX: pictures -> reconstruction losses.
+
+use std::path::Path;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use nexus_core::{
+    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, save_module_as},
+    train::{Draws, initialize},
+};
+use nexus_data::{Image, Message, Role, decoder_image};
+use nexus_diffusion::{
+    Autoencoder, AutoencoderLoss, AutoencoderObjective, LatentSize,
+    config::{AUTOENCODER_CONFIG_FILE, AutoencoderConfig},
+    weights::AUTOENCODER,
+};
+
+use super::{
+    Initial, Recipe, StageRecipe, TrainError,
+    autoregressive::{compute_dtype, training_device},
+    run::write_whole,
+    sheet,
+    trainer::{Losses, MicroBatch, Task},
+};
+use crate::{Error, ModelFiles};
+
+/// Training of the autoencoder.
+pub(crate) struct AutoencoderTask {
+    module: Autoencoder,
+    device: Device,
+    config: AutoencoderConfig,
+    /// Pictures of the latest micro-batch, for the sheet of samples.
+    latest: Option<Tensor<4>>,
+}
+
+impl AutoencoderTask {
+    pub(crate) fn open(recipe: &Recipe, model: &Path, device: &Device) -> Result<Self, TrainError> {
+        let files = ModelFiles::find(model)?;
+        let config = AutoencoderConfig::read_beside(&files.flux)?;
+        let device = training_device(recipe, device);
+        let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
+        let module = match &recipe.initial {
+            Initial::Random(weights) => initialize(Autoencoder::new(&config, &device), &AUTOENCODER, weights),
+            Initial::Checkpoint => {
+                Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, &device, &options)?
+            }
+        };
+        Ok(Self { module, device, config, latest: None })
+    }
+}
+
+impl Task for AutoencoderTask {
+    type Module = Autoencoder;
+
+    fn names(&self) -> WeightNames {
+        AUTOENCODER
+    }
+
+    fn module(&self) -> Result<Autoencoder, TrainError> {
+        Ok(self.module.clone())
+    }
+
+    fn loss(&mut self, module: &Autoencoder, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
+        let MicroBatch { stage, feed, seed, samples } = batch;
+        let side = stage.decoder.picture_px;
+        let (mut pictures, mut noise) = (Vec::new(), Vec::new());
+        let size = LatentSize::from_pixels(side, side)?;
+        for number in samples {
+            let Some(messages) = feed.conversation(number)? else { continue };
+            let Some(image) = images(&messages).pop() else {
+                feed.reject(number, &"no image")?;
+                continue;
+            };
+            match decoder_image(&image, side, side) {
+                Ok(values) => pictures.extend(values),
+                Err(error) => {
+                    feed.reject(number, &error)?;
+                    continue;
+                }
+            }
+            let count = self.config.z_channels * size.height * size.width;
+            noise.extend(Draws::new(seed, "latents", number).normal_values(count));
+        }
+        let count = pictures.len() / (3 * side * side);
+        if count == 0 {
+            return Ok(None);
+        }
+        let dtype = compute_dtype(stage);
+        let pictures = tensor(pictures, [count, 3, side, side], &self.device).cast(dtype);
+        let noise = tensor(noise, [count, self.config.z_channels, size.height, size.width], &self.device).cast(dtype);
+        self.latest = Some(pictures.clone().inner());
+        let objective = AutoencoderObjective {
+            gradient_weight: stage.loss.gradient_weight,
+            kl_weight: stage.loss.kl_weight,
+        };
+        let AutoencoderLoss { total, reconstruction, gradient, kl } = objective.loss(module, pictures, noise);
+        Ok(Some(Losses { total, parts: vec![("reconstruction", reconstruction), ("gradient", gradient), ("kl", kl)] }))
+    }
+
+    fn export(&self, module: Autoencoder, dir: &Path) -> Result<(), TrainError> {
+        save_module_as(&module, &AUTOENCODER, &dir.join("ae.safetensors"), FloatDType::BF16)?;
+        let Some(pictures) = self.latest.clone() else { return Ok(()) };
+        // Latents of mean 0 and variance 1 are what flow matching is made for.
+        let latents = module.encode(Tensor::from_inner(pictures), None).inner();
+        let means = latents / self.config.scale_factor + self.config.shift_factor;
+        let (variance, mean) = means.reshape([-1]).var_mean_bias(0);
+        let number = |value: Tensor<1>| value.into_data().try_into_vec_as::<f32>().map(|values| f64::from(values[0]));
+        let (variance, mean) = (number(variance).map_err(Error::read)?, number(mean).map_err(Error::read)?);
+        let scale_factor = 1.0 / variance.max(1e-12).sqrt();
+        let config = AutoencoderConfig { scale_factor, shift_factor: mean, ..self.config.clone() };
+        let path = dir.join(AUTOENCODER_CONFIG_FILE);
+        let json = serde_json::to_vec_pretty(&config).map_err(|error| TrainError::file(&path)(error.into()))?;
+        write_whole(&path, &json)
+    }
+
+    fn samples(&mut self, module: &Autoencoder, _: &StageRecipe) -> Result<Option<Image>, TrainError> {
+        let Some(pictures) = self.latest.clone() else { return Ok(None) };
+        let shown = pictures.dims()[0].min(8);
+        let pictures = Tensor::from_inner(pictures.narrow(0, 0, shown));
+        let drawn = module.decode(module.encode(pictures.clone(), None), None);
+        Ok(Some(sheet::rows(&[pictures.inner(), drawn.inner()])?))
+    }
+}
+
+/// Images of a conversation, in order.
+pub(super) fn images(messages: &[Message]) -> Vec<Image> {
+    messages.iter().flat_map(Message::images).cloned().collect()
+}
+
+/// The last image that the model is to draw, and the last one before it.
+pub(super) fn answer_and_source(messages: &[Message]) -> Option<(Image, Option<Image>)> {
+    let answer = messages.iter().rposition(|message| message.role == Role::Assistant && message.images().count() > 0)?;
+    let image = messages[answer].images().last()?.clone();
+    Some((image, images(&messages[..answer]).pop()))
+}
+
+pub(super) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+}

@@ -1,0 +1,300 @@
+//! The loop: samples -> losses -> gradients -> step -> metrics and checkpoints, resumable at any moment.
+
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor},
+};
+use nexus_core::{
+    checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors},
+    train::{GradientSum, Optimizer, WeightAverage, freeze},
+};
+use nexus_data::Image;
+use serde::Serialize;
+
+use super::{Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, curves, feed::Feed};
+
+/// What is trained: a module, its names, and how a batch becomes a loss.
+pub(crate) trait Task {
+    /// Everything that has trained or frozen parameters.
+    type Module: Module;
+
+    /// Names of the module's parameters in checkpoints and patterns.
+    fn names(&self) -> WeightNames;
+
+    /// The module as the recipe begins it, on the autodiff device.
+    fn module(&self) -> Result<Self::Module, TrainError>;
+
+    /// The losses of some samples of a stage, `None` if none of them can be used.
+    fn loss(&mut self, module: &Self::Module, micro_batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError>;
+
+    /// Writes the module under the released file names.
+    fn export(&self, module: Self::Module, dir: &Path) -> Result<(), TrainError>;
+
+    /// A sheet of pictures that shows what the module can do, if it draws.
+    fn samples(&mut self, module: &Self::Module, stage: &StageRecipe) -> Result<Option<Image>, TrainError>;
+}
+
+/// Which samples to compute a loss of.
+pub(crate) struct MicroBatch<'a> {
+    pub(crate) stage: &'a StageRecipe,
+    pub(crate) feed: &'a mut Feed,
+    /// Seed of everything random, which together with the number of a sample names its draws.
+    pub(crate) seed: u64,
+    /// Numbers of the samples in the stage.
+    pub(crate) samples: std::ops::Range<u64>,
+}
+
+/// A loss and what it is made of.
+pub(crate) struct Losses {
+    pub(crate) total: Tensor<1>,
+    pub(crate) parts: Vec<(&'static str, Tensor<1>)>,
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepMetrics {
+    /// Steps done in all.
+    pub step: usize,
+    /// Name of the stage.
+    pub stage: String,
+    /// The loss, a mean over the micro-batches of this step.
+    pub loss: f64,
+    /// Its parts.
+    #[serde(flatten)]
+    pub parts: std::collections::BTreeMap<String, f64>,
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TrainOutcome {
+    /// All stages are done; the exported weights are here.
+    Finished(PathBuf),
+    /// The observer stopped it; the run goes on from here when it is started again.
+    Stopped(RunState),
+}
+
+/// Runs a recipe in a directory, or goes on where it was left.
+pub(crate) fn train<T: Task>(
+    mut task: T,
+    recipe: &Recipe,
+    run: &Path,
+    device: &Device,
+    observer: &mut TrainObserver<'_>,
+) -> Result<TrainOutcome, TrainError> {
+    recipe.validate()?;
+    let (mut dir, latest) = RunDir::open(run, recipe)?;
+    let names = task.names();
+    let mut module = task.module()?;
+    let mut state = RunState::default();
+    let mut saved = None;
+    if let Some((checkpoint, at)) = latest {
+        let file = Checkpoint::open(checkpoint.join(MODULE))?;
+        module = load_module(module, &file, &names, &LoadOptions::default())?;
+        let _ = observer(TrainEvent::Resumed { checkpoint: &checkpoint, steps: at.steps });
+        (saved, state) = (Some(checkpoint), at);
+    }
+    let mut exported = module.clone();
+    for (index, stage) in recipe.stages.iter().enumerate().skip(state.stage) {
+        if state.stage != index {
+            state = RunState { stage: index, stage_steps: 0, cursor: 0, average_steps: 0, ..state };
+            saved = None;
+        }
+        let (frozen, counts) = freeze(module, &names, &stage.frozen);
+        module = frozen;
+        if let Some(at) = counts.iter().position(|&count| count == 0) {
+            let (stage, pattern) = (stage.name.clone(), stage.frozen[at].0.clone());
+            return Err(TrainError::UnknownPattern { stage, pattern });
+        }
+        let mut progress = StageProgress::begin(&module, &names, stage, &state, saved.take(), device)?;
+        let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
+        let mut watch = Instant::now();
+        while state.stage_steps < stage.steps {
+            let before = state.stage_steps;
+            let micro = stage.batch_size as u64;
+            let (mut gradients, mut sums) = (GradientSum::new(), LossSums::default());
+            for _ in 0..stage.accumulation {
+                let samples = state.cursor..state.cursor + micro;
+                state.cursor = samples.end;
+                let seed = recipe.seed.wrapping_add(index as u64);
+                let batch = MicroBatch { stage, feed: &mut feed, seed, samples };
+                let Some(losses) = task.loss(&module, batch)? else { continue };
+                sums.add(&losses)?;
+                gradients.add(losses.total.backward(), &module, &names);
+            }
+            let step = state.steps + 1;
+            if sums.count == 0 {
+                return Err(TrainError::NoSamples { step, rejected: dir.path().join(super::REJECTED) });
+            }
+            if gradients.is_empty() {
+                return Err(TrainError::NothingTrained { stage: stage.name.clone() });
+            }
+            gradients.scale(1.0 / sums.count as f64);
+            let not_finite = |parameter: String| TrainError::NotFinite { step, parameter };
+            let grad_norm = gradients.norm().map_err(|error| match error {
+                nexus_core::train::TrainStateError::NotFinite { parameter } => not_finite(parameter),
+                other => other.into(),
+            })?;
+            if !sums.total.is_finite() {
+                return Err(not_finite("loss".to_string()));
+            }
+            if let Some(limit) = stage.max_grad_norm
+                && grad_norm > limit
+            {
+                gradients.scale(limit / grad_norm);
+            }
+            let learning_rate = stage.learning_rate_at(before);
+            module = progress.optimizer.step(module, &names, gradients, learning_rate);
+            if let Some(average) = &mut progress.average {
+                average.update(&module, &names);
+                state.average_steps += 1;
+            }
+            state.stage_steps += 1;
+            state.steps += 1;
+            state.rejected = feed.rejected();
+            let metrics = sums.metrics(step, &stage.name, learning_rate, grad_norm);
+            if step.is_multiple_of(recipe.log_every) || state.stage_steps == stage.steps {
+                dir.log(&metrics)?;
+            }
+            let seconds = watch.elapsed().as_secs_f64();
+            watch = Instant::now();
+            let samples = stage.batch_size * stage.accumulation;
+            let event = TrainEvent::Step { metrics: &metrics, steps: recipe.num_steps(), samples, seconds };
+            let flow = observer(event);
+            if recipe.sample_every.is_some_and(|every| step.is_multiple_of(every)) {
+                let drawn = progress.averaged(&module, &names);
+                if let Some(sheet) = task.samples(&drawn, stage)? {
+                    let path = save_sheet(&dir, step, &sheet)?;
+                    let _ = observer(TrainEvent::Samples { path: &path });
+                }
+            }
+            let is_last = state.stage_steps == stage.steps;
+            if is_last || flow.is_break() || state.stage_steps.is_multiple_of(recipe.checkpoint_every) {
+                let path = dir.checkpoint(&state, recipe.keep_checkpoints, |to| progress.save(&module, &names, to))?;
+                curves::draw(&dir)?;
+                let _ = observer(TrainEvent::Checkpoint { path: &path });
+            }
+            if flow.is_break() {
+                return Ok(TrainOutcome::Stopped(state));
+            }
+        }
+        exported = progress.averaged(&module, &names);
+        // A stage begins with the averaged weights of the one before, which are those that were measured.
+        module = exported.clone();
+    }
+    let export = run.join(EXPORT);
+    std::fs::create_dir_all(&export).map_err(TrainError::file(&export))?;
+    task.export(exported, &export)?;
+    Ok(TrainOutcome::Finished(export))
+}
+
+const MODULE: &str = "module.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGE: &str = "average.safetensors";
+const EXPORT: &str = "export";
+
+/// What a stage keeps besides the module.
+struct StageProgress {
+    optimizer: Optimizer,
+    average: Option<WeightAverage>,
+}
+
+impl StageProgress {
+    fn begin<M: Module>(
+        module: &M,
+        names: &WeightNames,
+        stage: &StageRecipe,
+        state: &RunState,
+        saved: Option<PathBuf>,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let Some(saved) = saved.filter(|_| state.stage_steps > 0) else {
+            let average = stage.ema_decay.map(WeightAverage::new);
+            return Ok(Self { optimizer: Optimizer::new(stage.optimizer), average });
+        };
+        let trained = |name: &str| !stage.frozen.iter().any(|pattern| pattern.matches(name));
+        let layout = module_layout(module, names).into_iter().filter(|(name, _)| trained(name));
+        let sizes: Vec<(String, usize)> = layout.map(|(name, shape)| (name, shape.iter().product())).collect();
+        let file = Checkpoint::open(saved.join(OPTIMIZER))?;
+        let optimizer = Optimizer::restore(stage.optimizer, &file, &sizes, device)?;
+        let average = match stage.ema_decay {
+            Some(decay) => {
+                let file = Checkpoint::open(saved.join(AVERAGE))?;
+                Some(WeightAverage::restore(decay, state.average_steps, &file, &sizes, device)?)
+            }
+            None => None,
+        };
+        Ok(Self { optimizer, average })
+    }
+
+    fn averaged<M: Module>(&self, module: &M, names: &WeightNames) -> M {
+        match &self.average {
+            Some(average) => average.apply(module.clone(), names),
+            None => module.clone(),
+        }
+    }
+
+    fn save(&self, module: &impl Module, names: &WeightNames, dir: &Path) -> Result<(), TrainError> {
+        save_module(module, names, &dir.join(MODULE), None)?;
+        write_safetensors(&dir.join(OPTIMIZER), self.optimizer.state()?, None)?;
+        if let Some(average) = &self.average {
+            write_safetensors(&dir.join(AVERAGE), average.state()?.0, None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Losses of the micro-batches of a step.
+#[derive(Default)]
+struct LossSums {
+    count: usize,
+    total: f64,
+    parts: Vec<(&'static str, f64)>,
+}
+
+impl LossSums {
+    fn add(&mut self, losses: &Losses) -> Result<(), TrainError> {
+        let value = |loss: &Tensor<1>| {
+            let values = loss.clone().into_data().try_into_vec_as::<f32>().map_err(crate::Error::read)?;
+            Ok::<f64, TrainError>(values.first().copied().unwrap_or(f32::NAN).into())
+        };
+        self.count += 1;
+        self.total += value(&losses.total)?;
+        for (name, part) in &losses.parts {
+            let value = value(part)?;
+            match self.parts.iter_mut().find(|(known, _)| known == name) {
+                Some((_, sum)) => *sum += value,
+                None => self.parts.push((name, value)),
+            }
+        }
+        Ok(())
+    }
+
+    fn metrics(&self, step: usize, stage: &str, learning_rate: f64, grad_norm: f64) -> StepMetrics {
+        let mean = |sum: f64| sum / self.count as f64;
+        let parts = self.parts.iter().map(|(name, sum)| (name.to_string(), mean(*sum))).collect();
+        StepMetrics { step, stage: stage.to_string(), loss: mean(self.total), parts, learning_rate, grad_norm }
+    }
+}
+
+fn save_sheet(dir: &RunDir, step: usize, sheet: &Image) -> Result<PathBuf, TrainError> {
+    let samples = dir.path().join("samples");
+    std::fs::create_dir_all(&samples).map_err(TrainError::file(&samples))?;
+    let path = samples.join(format!("step-{step:08}.png"));
+    sheet.save(&path)?;
+    Ok(path)
+}
+
+/// An observer that hears nothing and never stops.
+pub fn unobserved(_: TrainEvent<'_>) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}

@@ -1,0 +1,268 @@
+//! Training runs: killed and resumed, on full disks, with bad samples and wrong recipes.
+#![cfg(feature = "train")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use nexus::{
+    Image, Message,
+    data::MessagesFile,
+    train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved},
+};
+use nexus_core::testing::{cpu, random_models_dir};
+use serde_json::{Value, json};
+
+/// Set in the process that is killed: the directory of recipe and run.
+const CHILD: &str = "NEXUS_TEST_TRAIN";
+
+struct Case {
+    dir: tempfile::TempDir,
+    recipe: Value,
+}
+
+impl Case {
+    /// The autoencoder of the bundled random checkpoint on a few pictures.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let picture = |seed: usize| {
+            let rgb = (0..3 * 32 * 32).map(|i| ((i * (seed + 3)) % 251) as u8).collect();
+            vec![Message::user().with_image(Image::from_rgb8(32, 32, rgb).unwrap()).with_text("What?"),
+                 Message::assistant().with_text("Noise.")]
+        };
+        let conversations: Vec<Vec<Message>> = (0..5).map(picture).collect();
+        MessagesFile::write(dir.path().join("data.jsonl"), &conversations).unwrap();
+        let recipe = json!({
+            "command": "", "time": "", "expected": "",
+            "part": "autoencoder", "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1,
+            "max_rejected": 2,
+            "stages": [
+                stage("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
+                stage("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
+            ],
+        });
+        Self { dir, recipe }
+    }
+
+    fn set(mut self, pointer: &str, value: Value) -> Self {
+        *self.recipe.pointer_mut(pointer).unwrap() = value;
+        self
+    }
+
+    fn recipe(&self) -> Recipe {
+        let path = self.dir.path().join("recipe.json");
+        fs::write(&path, self.recipe.to_string()).unwrap();
+        Recipe::read(path).unwrap()
+    }
+
+    fn run(&self, name: &str) -> Result<TrainOutcome, TrainError> {
+        train(&self.recipe(), random_models_dir(), self.dir.path().join(name), &cpu(), &mut unobserved)
+    }
+
+    fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.dir.path().join(path)).unwrap()
+    }
+
+    /// Metrics and exported weights of a finished run.
+    fn results(&self, name: &str) -> (String, Vec<u8>) {
+        let weights = self.dir.path().join(name).join("export/ae.safetensors");
+        (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap())
+    }
+
+    fn checkpoints(&self, name: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.dir.path().join(name).join("checkpoints")).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths
+    }
+}
+
+fn stage(name: &str, more: Value) -> Value {
+    let mut stage = json!({
+        "name": name, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
+        "data": [{"source": {"messages": {"path": "data.jsonl"}}, "weight": 1.0}],
+        "decoder": {"picture_px": 32},
+    });
+    stage.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    stage
+}
+
+/// Not a test of its own: the process that the others start and kill.
+#[test]
+fn child() {
+    let Some(dir) = std::env::var_os(CHILD) else { return };
+    let dir = Path::new(&dir);
+    let recipe = Recipe::read(dir.join("recipe.json")).unwrap();
+    match train(&recipe, random_models_dir(), dir.join("run"), &cpu(), &mut unobserved) {
+        Ok(_) => {}
+        Err(error) => {
+            fs::write(dir.join("error.txt"), error.to_string()).unwrap();
+            std::process::exit(3);
+        }
+    }
+}
+
+fn child_command(case: &Case, limit_blocks: Option<usize>) -> Command {
+    let limit = limit_blocks.map_or(String::new(), |blocks| format!("trap '' XFSZ; ulimit -f {blocks};"));
+    let mut command = Command::new("sh");
+    let exe = std::env::current_exe().unwrap();
+    command.arg("-c").arg(format!("{limit} exec '{}' --exact child --test-threads 1", exe.display()));
+    command.env(CHILD, case.dir.path()).env("RAYON_NUM_THREADS", "2").stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+#[test]
+#[cfg(unix)]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let case = Case::new();
+    case.recipe();
+    let started = std::time::Instant::now();
+    assert!(child_command(&case, None).status().unwrap().success());
+    let whole = started.elapsed();
+    fs::rename(case.dir.path().join("run"), case.dir.path().join("undisturbed")).unwrap();
+    let undisturbed = case.results("undisturbed");
+    assert_eq!(undisturbed.0.lines().count(), 6);
+
+    let mut killed = 0;
+    for attempt in 0u32.. {
+        let mut child = child_command(&case, None).spawn().unwrap();
+        // Moments spread over the run by the golden ratio, and later ones as it goes on, so that it ends.
+        let share = 0.2 + (f64::from(attempt) * 0.618).fract() * 0.5 + f64::from(attempt) * 0.02;
+        std::thread::sleep(whole.mul_f64(share).max(Duration::from_millis(20)));
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            break;
+        }
+        killed += 1;
+        assert!(killed < 60, "the run makes no progress between kills");
+    }
+    assert!(killed > 0);
+    let resumed = case.results("run");
+    assert_eq!(undisturbed.0, resumed.0);
+    assert!(undisturbed.1 == resumed.1, "exported weights differ");
+    assert!(case.checkpoints("run").len() <= 2);
+}
+
+#[test]
+fn an_observer_stops_a_run_that_then_goes_on() {
+    let case = Case::new();
+    assert!(matches!(case.run("undisturbed").unwrap(), TrainOutcome::Finished(_)));
+    let mut stop = |event: TrainEvent<'_>| match event {
+        TrainEvent::Step { metrics, .. } if metrics.step == 4 => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let run = case.dir.path().join("run");
+    let outcome = train(&case.recipe(), random_models_dir(), &run, &cpu(), &mut stop).unwrap();
+    let TrainOutcome::Stopped(state) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((state.stage, state.stage_steps, state.steps, state.cursor), (1, 1, 4, 4));
+    case.run("run").unwrap();
+    assert_eq!(case.results("undisturbed"), case.results("run"));
+}
+
+#[test]
+fn frozen_parameters_stay_and_others_move() {
+    let case = Case::new().set("/stages/1/frozen", json!(null));
+    let case = Case { recipe: { let mut r = case.recipe.clone(); r["stages"][1].as_object_mut().unwrap().remove("frozen"); r["stages"].as_array_mut().unwrap().truncate(1); r }, ..case };
+    case.run("run").unwrap();
+    let read = |path: &Path, name: &str| {
+        let data = nexus_core::checkpoint::Checkpoint::open(path).unwrap().data(name).unwrap();
+        data.try_to_vec_as::<f32>().unwrap()
+    };
+    let before = random_models_dir().join("FLUX/FLUX.1-dev/ae.safetensors");
+    let after = case.dir.path().join("run/export/ae.safetensors");
+    assert_eq!(read(&before, "encoder.conv_in.weight"), read(&after, "encoder.conv_in.weight"));
+    assert_ne!(read(&before, "decoder.conv_out.weight"), read(&after, "decoder.conv_out.weight"));
+}
+
+#[test]
+#[cfg(unix)]
+fn a_full_disk_is_an_error_and_the_run_goes_on_later() {
+    let case = Case::new();
+    case.recipe();
+    // 512-byte blocks: metrics and recipe fit, a checkpoint does not.
+    let status = child_command(&case, Some(64)).status().unwrap();
+    assert_eq!(status.code(), Some(3));
+    let error = case.read("error.txt");
+    assert!(error.contains("checkpoints"), "{error}");
+    assert!(case.checkpoints("run").is_empty(), "{:?}", case.checkpoints("run"));
+    assert!(child_command(&case, None).status().unwrap().success());
+    case.run("undisturbed").unwrap();
+    assert_eq!(case.results("run"), case.results("undisturbed"));
+}
+
+#[test]
+fn a_directory_in_use_is_refused() {
+    let case = Case::new();
+    let recipe = case.recipe();
+    let (held, latest) = RunDir::open(&case.dir.path().join("run"), &recipe).unwrap();
+    assert!(latest.is_none());
+    let error = case.run("run").unwrap_err();
+    assert!(matches!(&error, TrainError::Busy { path } if path.ends_with("run")), "{error}");
+    drop(held);
+    case.run("run").unwrap();
+}
+
+#[test]
+fn another_recipe_is_refused_and_names_what_differs() {
+    let case = Case::new();
+    case.run("run").unwrap();
+    let case = case.set("/stages/0/learning_rate", json!(2e-3)).set("/command", json!("another note"));
+    let error = case.run("run").unwrap_err();
+    assert!(matches!(error, TrainError::OtherRecipe { field: "stages", .. }), "{error}");
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
+    let case = Case::new().set("/stages/0/learning_rate", json!(1e30)).set("/stages/0/warmup_steps", json!(0));
+    let error = case.run("run").unwrap_err();
+    let TrainError::NotFinite { step, parameter } = &error else { panic!("{error}") };
+    assert!(*step >= 2 && parameter.contains("coder"), "{error}");
+    let intact = case.checkpoints("run");
+    assert!(intact.last().unwrap().join("state.json").is_file());
+}
+
+#[test]
+fn bad_samples_are_set_aside_until_the_limit() {
+    let case = Case::new();
+    let data = case.read("data.jsonl");
+    let bad = r#"{"messages":[{"role":"user","content":"<image>"},{"role":"assistant","content":"x"}],"images":["no.png"]}"#;
+    let first: Vec<&str> = data.lines().collect();
+    fs::write(case.dir.path().join("data.jsonl"), format!("{bad}\n{}\n", first[1..].join("\n"))).unwrap();
+    let case = case.set("/max_rejected", json!(50));
+    case.run("run").unwrap();
+    let rejected = case.read("run/rejected.jsonl");
+    assert!(rejected.lines().count() >= 2 && rejected.contains("no.png"), "{rejected}");
+    let case = case.set("/max_rejected", json!(0));
+    let error = case.run("strict").unwrap_err().to_string();
+    assert!(error.contains("rejected.jsonl"), "{error}");
+}
+
+#[test]
+fn wrong_recipes_are_refused() {
+    for (pointer, value, expected) in [
+        ("/stages/0/name", json!(7), "name"),
+        ("/stages/0/learning_rate", json!(-1.0), "learning_rate"),
+        ("/stages/0/data", json!([]), "data"),
+        ("/stages/0/warmup_steps", json!(9), "warmup_steps"),
+        ("/stages/0/decoder", json!({"picture_px": 33}), "picture_px"),
+        ("/stages/0/decoder", json!({"size": 33}), "size"),
+        ("/stages/0/ema_decay", json!(1.5), "ema_decay"),
+        ("/part", json!("tokenizer"), "tokenizer"),
+    ] {
+        let case = Case::new().set(pointer, value);
+        let path = case.dir.path().join("recipe.json");
+        fs::write(&path, case.recipe.to_string()).unwrap();
+        let error = Recipe::read(&path).unwrap_err().to_string();
+        assert!(error.contains(expected), "{pointer}: {error}");
+    }
+    let case = Case::new().set("/stages/0/frozen", json!(["encodre.*"]));
+    let error = case.run("run").unwrap_err();
+    assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "encodre.*"), "{error}");
+    let case = Case::new().set("/stages/0/frozen", json!(["*"]));
+    assert!(matches!(case.run("run").unwrap_err(), TrainError::NothingTrained { .. }));
+}
