@@ -252,9 +252,10 @@ mod tests {
         let processor = Processor::open(dir.path()).unwrap();
         let messages = [Message::text("q"), Message::assistant().with_text("\nA")];
         let input = processor.training_input(&messages, &ProcessOptions::default()).unwrap();
+        let im_end = processor.tokenizer().special_tokens().im_end;
         let end = &input.token_ids[input.token_ids.len() - 4..];
-        assert_eq!((end[0], end[1], end[2]), (300, 32, 258));
-        assert_eq!(learnt(&input), [32, 258]);
+        assert_eq!((end[0], end[1], end[2]), (300, 32, im_end));
+        assert_eq!(learnt(&input), [32, im_end]);
     }
 
     #[test]
