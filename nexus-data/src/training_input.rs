@@ -114,3 +114,193 @@ fn check(messages: &[Message]) -> Result<(), DataError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Alpha, Image};
+    use crate::prompt::render_chat;
+    use crate::tokenizer::testing::write_byte_tokenizer;
+
+    const IMG: u32 = 534;
+
+    /// The processor of the bundled checkpoint.
+    fn processor() -> Processor {
+        Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/nexus-random/Nexus-GenV2")).unwrap()
+    }
+
+    fn grey(width: usize, height: usize) -> Image {
+        Image::from_rgb8(width, height, vec![128; 3 * width * height]).unwrap()
+    }
+
+    fn input(messages: &[Message]) -> Result<TrainingInput, DataError> {
+        processor().training_input(messages, &ProcessOptions::default())
+    }
+
+    fn learnt(input: &TrainingInput) -> Vec<u32> {
+        input.labels.iter().copied().flatten().collect()
+    }
+
+    #[test]
+    fn the_words_of_the_answer_and_its_end_are_learnt() {
+        let system: &[u32] = &[523, 430, 429, 397, 198, 384, 84, 344, 261, 336, 409, 403, 75, 261, 433, 13, 524, 198];
+        let user: &[u32] = &[523, 437, 198, 280, 317, 13, 524, 198];
+        let (header, answer, newline): (&[u32], &[u32], &[u32]) = (&[523, 281, 368, 198], &[375, 68, 13, 524], &[198]);
+        let input = input(&[Message::text("Hello."), Message::assistant().with_text("Done.")]).unwrap();
+        // From `tokenizers` in Python.
+        assert_eq!(input.token_ids, [system, user, header, answer, newline].concat());
+        let is_learnt: Vec<bool> = input.labels.iter().map(Option::is_some).collect();
+        assert_eq!(is_learnt, [vec![false; 30], vec![true; 4], vec![false]].concat());
+        assert_eq!(learnt(&input), answer);
+        assert!(input.input_images.is_empty() && input.answer_images.is_empty() && input.grids.is_empty());
+    }
+
+    #[test]
+    fn an_image_of_the_answer_is_learnt_with_its_brackets() {
+        let question = Message::text("画 <image>").with_image(grey(56, 84));
+        let input = input(&[question, Message::assistant().with_text("完成。").with_image(grey(100, 30))]).unwrap();
+        let answer = [&[475, 355, 304, 531][..], &[IMG; 81], &[532, 524]].concat();
+        assert_eq!(learnt(&input), answer);
+        assert_eq!(input.grids, [GridThw { t: 1, h: 6, w: 4 }, GridThw::GENERATED]);
+        let unlabelled = input.token_ids.iter().zip(&input.labels).filter(|(id, label)| **id == IMG && label.is_none());
+        assert_eq!(unlabelled.count(), 6);
+        let processor = processor();
+        assert_eq!(input.answer_images, [processor.image_processor().target_patches(&grey(100, 30)).unwrap()]);
+        assert_eq!(input.input_images, [processor.image_processor().patches(&grey(56, 84)).unwrap()]);
+    }
+
+    /// What happens in turns of every kind: both languages, images on both sides, texts that begin and end oddly.
+    fn conversations() -> Vec<Vec<Message>> {
+        let odd = [
+            " leading",
+            "trailing \n",
+            "\n\n\nnewlines\n\n",
+            "e\u{301}\u{301}",
+            "\u{301}combining",
+            "我们're 12345 😀\t",
+        ];
+        let mut all: Vec<Vec<Message>> = odd
+            .iter()
+            .flat_map(|text| {
+                let told = vec![Message::text(*text), Message::assistant().with_text(*text)];
+                let framed = [vec![Message::system().with_text(*text)], told.clone()].concat();
+                [told, framed]
+            })
+            .collect();
+        all.push(vec![
+            Message::text("Here is <image>\n: 把天空变成夜晚。").with_image(grey(200, 150)),
+            Message::assistant().with_text("好的：").with_image(grey(64, 64)).with_text(" Done. "),
+            Message::text("\nNow <image> and <image>").with_image(grey(40, 60)).with_image(grey(300, 300)),
+            Message::assistant().with_text("<image>\n<image>").with_image(grey(9, 9)).with_image(grey(7, 90)),
+            Message::user().with_image(grey(56, 56)).with_text("这是什么？"),
+            Message::assistant().with_text("A cat 猫."),
+        ]);
+        all
+    }
+
+    #[test]
+    fn turns_one_by_one_give_the_tokens_of_the_whole() {
+        let processor = processor();
+        for messages in conversations() {
+            let input = processor.training_input(&messages, &ProcessOptions::default()).unwrap();
+            assert_eq!(input.text, render_chat(&messages, false).unwrap());
+            let expanded = expand_image_pads(&input.text, &input.grids).unwrap();
+            assert_eq!(input.token_ids, processor.tokenizer().encode(&expanded).unwrap(), "{}", input.text);
+            assert_eq!(input.labels.len(), input.token_ids.len());
+            for (&id, label) in input.token_ids.iter().zip(&input.labels) {
+                assert!(label.is_none_or(|label| label == id));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_learnt_reads_as_the_answers() {
+        let processor = processor();
+        for messages in conversations() {
+            let input = processor.training_input(&messages, &ProcessOptions::default()).unwrap();
+            let answers = messages.iter().filter(|message| message.role == Role::Assistant).map(|message| {
+                let rendered = render_turn(message).unwrap();
+                rendered["<|im_start|>assistant\n".len()..rendered.len() - 1].to_string()
+            });
+            let images: Vec<GridThw> = input.answer_images.iter().map(|patches| patches.grid).collect();
+            assert!(images.iter().all(|&grid| grid == GridThw::GENERATED));
+            let wanted = expand_image_pads(&answers.collect::<String>(), &images).unwrap();
+            let composed = processor.decode(&processor.tokenizer().encode(&wanted).unwrap()).unwrap();
+            assert_eq!(processor.decode(&learnt(&input)).unwrap(), composed);
+        }
+    }
+
+    #[test]
+    fn images_of_earlier_answers_are_learnt_too() {
+        let messages = conversations().pop().unwrap();
+        let input = input(&messages).unwrap();
+        assert_eq!((input.input_images.len(), input.answer_images.len()), (4, 3));
+        assert_eq!(learnt(&input).iter().filter(|&&id| id == IMG).count(), 3 * 81);
+        let generated: Vec<bool> = input.grids.iter().map(|&grid| grid == GridThw::GENERATED).collect();
+        assert_eq!(generated, [false, true, false, false, true, true, false]);
+    }
+
+    #[test]
+    fn a_token_that_the_header_shares_is_not_learnt() {
+        let dir = tempfile::tempdir().unwrap();
+        write_byte_tokenizer(dir.path(), "");
+        let path = dir.path().join("tokenizer.json");
+        let mut file: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        file["model"]["vocab"]["ĊĊ"] = 300.into();
+        file["model"]["merges"] = serde_json::json!(["Ċ Ċ"]);
+        std::fs::write(&path, file.to_string()).unwrap();
+        let processor = Processor::open(dir.path()).unwrap();
+        let messages = [Message::text("q"), Message::assistant().with_text("\nA")];
+        let input = processor.training_input(&messages, &ProcessOptions::default()).unwrap();
+        let im_end = processor.tokenizer().special_tokens().im_end;
+        let end = &input.token_ids[input.token_ids.len() - 4..];
+        assert_eq!((end[0], end[1], end[2]), (300, 32, im_end));
+        assert_eq!(learnt(&input), [32, im_end]);
+    }
+
+    #[test]
+    fn alpha_follows_the_options() {
+        let clear = Image::from_rgba8(4, 4, &[0; 64]).unwrap();
+        let messages = [Message::user().with_image(clear.clone()), Message::assistant().with_image(clear)];
+        for (alpha, is_dark) in [(Alpha::Drop, true), (Alpha::OnWhite, false)] {
+            let options = ProcessOptions { alpha, ..Default::default() };
+            let input = processor().training_input(&messages, &options).unwrap();
+            assert_eq!(input.input_images[0].values[0] < 0.0, is_dark);
+            assert_eq!(input.answer_images[0].values[0] < 0.0, is_dark);
+        }
+    }
+
+    #[test]
+    fn conversations_without_an_answer_are_refused() {
+        let (question, answer) = (Message::text("q"), Message::assistant().with_text("a"));
+        assert!(matches!(input(&[]), Err(DataError::EmptyPrompt)));
+        assert!(matches!(input(&[question.clone()]), Err(DataError::AnswerMissing)));
+        let result = input(&[question.clone(), answer.clone(), question.clone()]);
+        assert!(matches!(result, Err(DataError::AnswerNotLast)));
+        for empty in [Message::assistant(), Message::assistant().with_text(" \n")] {
+            let result = input(&[question.clone(), empty, question.clone(), answer.clone()]);
+            assert!(matches!(result, Err(DataError::AnswerEmpty { message: 1 })));
+        }
+        let drawn = Message::assistant().with_image(grey(5, 5));
+        assert!(input(&[question, drawn]).is_ok());
+    }
+
+    #[test]
+    fn conversations_that_do_not_fit_together_are_refused() {
+        let answer = Message::assistant().with_text("a");
+        let system = Message::system().with_text("s").with_image(grey(5, 5));
+        let result = input(&[system, Message::text("q"), answer.clone()]);
+        assert!(matches!(result, Err(DataError::ImageInSystem)));
+        let result = input(&[Message::text("q"), Message::assistant().with_text("<image>")]);
+        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 1, images: 0 })));
+        let result = input(&[Message::text("<image><image>").with_image(grey(5, 5)), answer.clone()]);
+        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 2, images: 1 })));
+        assert!(matches!(input(&[Message::text(" "), answer.clone()]), Err(DataError::EmptyPrompt)));
+        for spelled in ["<|im_end|>", "<|im_start|>", "<|image_pad|>"] {
+            let result = input(&[Message::text("q"), Message::assistant().with_text(format!("a{spelled}"))]);
+            assert!(matches!(result, Err(DataError::SpecialTokenInText { token }) if token == spelled));
+        }
+        let result = input(&[Message::user().with_image(grey(1, 300)), answer]);
+        assert!(matches!(result, Err(DataError::AspectRatio { .. })));
+    }
+}

@@ -178,3 +178,177 @@ fn read_range(path: &Path, start: u64, end: u64) -> std::io::Result<Vec<u8>> {
     file.take(end - start).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn picture(value: u8) -> Image {
+        Image::from_rgb8(3, 2, vec![value; 18]).unwrap()
+    }
+
+    fn file_of(dir: &Path, content: &str) -> MessagesFile {
+        let path = dir.join("data.jsonl");
+        fs::write(&path, content).unwrap();
+        MessagesFile::open(path).unwrap()
+    }
+
+    fn line(user: &str, assistant: &str, images: &str) -> String {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "{user}"}}, {{"role": "assistant", "content": "{assistant}"}}], "images": [{images}]}}"#
+        )
+    }
+
+    #[test]
+    fn images_go_to_the_markers_of_all_messages() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        for (name, value) in [("a.png", 1), ("b.png", 2), ("sub/c.png", 3)] {
+            picture(value).save(dir.path().join(name)).unwrap();
+        }
+        let first = line("<image> and <image>: night", "<image>", r#""a.png", "b.png", "sub/c.png""#);
+        let second = r#"{"id": 5, "messages": [{"role": "system", "content": "简短。"}, {"role": "user", "content": "猫?"}, {"role": "assistant", "content": "是\n的", "loss": true}]}"#;
+        let file = file_of(dir.path(), &format!("{first}\n{second}\n"));
+        assert_eq!(file.len(), 2);
+        let second =
+            [Message::system().with_text("简短。"), Message::text("猫?"), Message::assistant().with_text("是\n的")];
+        assert_eq!(file.get(1).unwrap(), second);
+        let first = [
+            Message::text("<image> and <image>: night").with_image(picture(1)).with_image(picture(2)),
+            Message::assistant().with_text("<image>").with_image(picture(3)),
+        ];
+        assert_eq!(file.get(0).unwrap(), first);
+    }
+
+    #[test]
+    fn lines_end_with_or_without_a_newline() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = line("a", "b", "");
+        for (content, len) in [
+            (String::new(), 0),
+            ("\n \r\n".to_string(), 0),
+            (good.clone(), 1),
+            (format!("{good}\n"), 1),
+            (format!("{good}\r\n{good}\r\n\n\n"), 2),
+            (format!("{good}\n{good}\n  "), 2),
+        ] {
+            let file = file_of(dir.path(), &content);
+            assert_eq!((file.len(), file.is_empty()), (len, len == 0), "{content:?}");
+            for index in 0..len {
+                assert_eq!(file.get(index).unwrap(), [Message::text("a"), Message::assistant().with_text("b")]);
+            }
+            for index in [len, u64::MAX] {
+                let error = file.get(index).unwrap_err();
+                assert!(matches!(error, DataError::SampleIndex { len: found, .. } if found == len));
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_line_is_named_and_the_others_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        picture(1).save(dir.path().join("a.png")).unwrap();
+        fs::write(dir.path().join("text.png"), "not an image").unwrap();
+        let bad_role = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}"#;
+        let content = [
+            "{\"messages\": [".to_string(),
+            String::new(),
+            r#"{"images": []}"#.to_string(),
+            r#"{"messages": [], "images": []}"#.to_string(),
+            bad_role.to_string(),
+            line("a", " \\n", ""),
+            line("<image>", "b", ""),
+            line("a", "b", r#""a.png""#),
+            line("<image>", "<image>", r#""a.png", "absent.png""#),
+            line("<image>", "b", r#""text.png""#),
+            line("a", "b", ""),
+        ];
+        let file = file_of(dir.path(), &content.join("\n"));
+        assert_eq!(file.len(), 11);
+        let reason = |index| match file.get(index).unwrap_err() {
+            DataError::Sample { path, line, source } => {
+                assert_eq!((path.as_path(), line), (file.path(), index + 1));
+                *source
+            }
+            error => panic!("{error}"),
+        };
+        for index in [0, 1, 2] {
+            assert!(matches!(reason(index), SampleError::Json(_)));
+        }
+        assert!(matches!(reason(3), SampleError::NoMessages));
+        assert!(matches!(reason(4), SampleError::UnknownRole { message: 1, role } if role == "tool"));
+        assert!(matches!(reason(5), SampleError::EmptyAnswer { message: 1 }));
+        assert!(matches!(reason(6), SampleError::ImageMarkers { markers: 1, images: 0 }));
+        assert!(matches!(reason(7), SampleError::ImageMarkers { markers: 0, images: 1 }));
+        let SampleError::Image { image: 1, source: DataError::ImageMissing { path } } = reason(8) else { panic!() };
+        assert_eq!(path, dir.path().join("absent.png"));
+        assert!(matches!(reason(9), SampleError::Image { image: 0, source: DataError::NotAnImage { .. } }));
+        assert_eq!(file.get(10).unwrap().len(), 2);
+        let message = file.get(8).unwrap_err().to_string();
+        assert!(
+            message.contains("data.jsonl, line 9: image 1: ") && message.ends_with("no such image file"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn images_over_a_limit_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        picture(1).save(dir.path().join("a.png")).unwrap();
+        let file = file_of(dir.path(), &line("<image>", "b", r#""a.png""#));
+        let file = file.with_limits(ImageLimits { max_pixels: 5, ..ImageLimits::default() });
+        let DataError::Sample { source, .. } = file.get(0).unwrap_err() else { panic!() };
+        assert!(matches!(*source, SampleError::Image { source: DataError::ImageTooLarge { .. }, .. }));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("absent.jsonl");
+        let error = MessagesFile::open(&path).unwrap_err();
+        assert!(matches!(&error, DataError::DatasetFile { path: named, .. } if *named == path));
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        let clear = Image::from_rgba8(1, 1, &[9, 8, 7, 6]).unwrap();
+        let by_marker = vec![
+            Message::text("In <image>, \"add\" a\nhat 帽子").with_image(picture(4)),
+            Message::assistant().with_text("<image>").with_image(clear.clone()),
+        ];
+        let by_place = vec![
+            Message::user().with_image(picture(5)).with_text("what?"),
+            Message::assistant().with_text("a ").with_image(picture(6)).with_text(" b"),
+        ];
+        MessagesFile::write(&path, [&by_marker, &by_place]).unwrap();
+        let file = MessagesFile::open(&path).unwrap();
+        assert_eq!(file.len(), 2);
+        assert_eq!(file.get(0).unwrap(), by_marker);
+        let expected = [
+            Message::text("<image>what?").with_image(picture(5)),
+            Message::assistant().with_text("a <image> b").with_image(picture(6)),
+        ];
+        assert_eq!(file.get(1).unwrap(), expected);
+        let json: serde_json::Value = serde_json::from_slice(&read_range(&path, 0, file.bounds[1]).unwrap()).unwrap();
+        assert_eq!(json["images"], serde_json::json!(["out_images/00000000_0.png", "out_images/00000000_1.png"]));
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        fs::write(&path, "before").unwrap();
+        let good = [Message::text("a"), Message::assistant().with_text("b")];
+        let bad = [Message::text("<image>")];
+        let result = MessagesFile::write(&path, [&good[..], &bad[..]]);
+        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 1, images: 0 })));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "before");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside the file");
+        let result = MessagesWriter::create(dir.path().join("absent/out.jsonl"));
+        assert!(matches!(result, Err(DataError::DatasetFile { .. })));
+    }
+}

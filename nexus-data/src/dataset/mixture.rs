@@ -101,3 +101,101 @@ impl Step {
         ((m * u128::from(self.share) + u128::from(self.offset)) >> u64::BITS) as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const WEIGHTS: [f64; 5] = [0.5, 3.0, 1.25, 0.01, 2.0];
+
+    fn endless(seed: u64) -> Mixture {
+        Mixture::new(seed, &WEIGHTS.map(|weight| (weight, None))).unwrap()
+    }
+
+    #[test]
+    fn any_stretch_has_the_proportions() {
+        let sum: f64 = WEIGHTS.iter().sum();
+        for (seed, start) in [(0, 0), (1, 0), (2, 123_456_789), (3, u64::MAX - 20_000)] {
+            let mixture = endless(seed);
+            let sources: Vec<usize> = (start..start + 20_000).map(|n| mixture.pick(n).source).collect();
+            for length in [1, 10, 100, 5000, 20_000] {
+                for window in sources.windows(length).step_by(997.min(length)) {
+                    for (source, weight) in WEIGHTS.iter().enumerate() {
+                        let found = window.iter().filter(|&&found| found == source).count() as f64;
+                        let wanted = weight / sum * length as f64;
+                        assert!((found - wanted).abs() < 3.0, "{found} of source {source} in {length}, not {wanted}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_index_of_a_source_grows_by_one() {
+        for (seed, sources) in [(7, WEIGHTS.to_vec()), (8, vec![1.0]), (9, vec![1e-300, 1e300, 0.0])] {
+            let mixture = Mixture::new(seed, &sources.iter().map(|&w| (w, None)).collect::<Vec<_>>()).unwrap();
+            let mut next = vec![0; sources.len()];
+            for n in 0..10_000 {
+                let pick = mixture.pick(n);
+                assert_eq!(pick.index, next[pick.source], "sample {n}");
+                next[pick.source] += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_numbers_can_be_picked() {
+        let mixture = endless(1);
+        let (before, last) = (mixture.pick(u64::MAX - 1), mixture.pick(u64::MAX));
+        assert!(before != last && before.source < 5 && last.source < 5);
+        let alone = Mixture::new(1, &[(2.0, None)]).unwrap();
+        assert_eq!(alone.pick(u64::MAX), Pick { source: 0, index: u64::MAX });
+    }
+
+    #[test]
+    fn sources_with_an_end_are_visited_in_shuffled_rounds() {
+        let mixture = Mixture::new(4, &[(1.0, Some(50)), (1.0, None), (0.5, Some(1))]).unwrap();
+        let picks: Vec<Pick> = (0..5000).map(|n| mixture.pick(n)).collect();
+        let of_first: Vec<u64> = picks.iter().filter(|pick| pick.source == 0).map(|pick| pick.index).collect();
+        let rounds: Vec<&[u64]> = of_first.chunks_exact(50).collect();
+        assert_eq!(rounds.len(), 40);
+        for round in &rounds {
+            assert_eq!(round.iter().copied().collect::<BTreeSet<_>>(), (0..50).collect());
+        }
+        assert_eq!(rounds.iter().collect::<BTreeSet<_>>().len(), 40, "each round has its own order");
+        assert!(picks.iter().filter(|pick| pick.source == 2).all(|pick| pick.index == 0));
+    }
+
+    #[test]
+    fn the_order_depends_on_the_seed_alone() {
+        let sources = [(1.0, Some(1000)), (0.3, Some(10)), (0.7, None)];
+        let order = |seed| {
+            let mixture = Mixture::new(seed, &sources).unwrap();
+            // Backwards: no pick depends on one before it.
+            (0..200).rev().map(|n| mixture.pick(n)).collect::<Vec<_>>()
+        };
+        let forwards: Vec<_> = (0..200).map(|n| Mixture::new(1, &sources).unwrap().pick(n)).rev().collect();
+        assert_eq!(order(1), forwards);
+        assert_ne!(order(1), order(2));
+    }
+
+    #[test]
+    fn sources_without_weight_are_left_out() {
+        let mixture = Mixture::new(0, &[(0.0, Some(0)), (2.0, None), (0.0, None)]).unwrap();
+        assert_eq!(mixture.pick(9), Pick { source: 1, index: 9 });
+    }
+
+    #[test]
+    fn mixtures_of_nothing_are_refused() {
+        assert!(matches!(Mixture::new(0, &[]), Err(DataError::MixtureEmpty)));
+        assert!(matches!(Mixture::new(0, &[(0.0, None)]), Err(DataError::MixtureEmpty)));
+        for weight in [-1.0, f64::NAN, f64::INFINITY] {
+            let result = Mixture::new(0, &[(1.0, None), (weight, None)]);
+            assert!(matches!(result, Err(DataError::MixtureWeight { source_index: 1, .. })), "{weight}");
+        }
+        let result = Mixture::new(0, &[(1.0, Some(0))]);
+        assert!(matches!(result, Err(DataError::MixtureSourceEmpty { source_index: 0 })));
+    }
+}

@@ -66,3 +66,65 @@ pub(super) fn mixed(numbers: &[u64]) -> u64 {
         z ^ (z >> 31)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_comes_once() {
+        for len in [1, 2, 3, 4, 5, 16, 17, 100, 255, 256, 257, 4097] {
+            for key in [0, 1, u64::MAX] {
+                let permutation = Permutation::new(key, len);
+                let mut numbers: Vec<u64> = (0..len).map(|place| permutation.at(place)).collect();
+                numbers.sort_unstable();
+                assert_eq!(numbers, (0..len).collect::<Vec<_>>(), "length {len}, key {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn huge_ranges_are_permuted_without_collisions() {
+        for len in [(1 << 40) + 7, (1 << 63) + 1, u64::MAX] {
+            let permutation = Permutation::new(3, len);
+            let places = (0..1000).chain(len - 1000..len);
+            let numbers: std::collections::BTreeSet<u64> = places.map(|place| permutation.at(place)).collect();
+            assert_eq!(numbers.len(), 2000);
+            assert!(numbers.iter().all(|&number| number < len));
+            assert!(numbers.first().unwrap() < &(len / 100) && numbers.last().unwrap() > &(len / 100 * 99));
+        }
+    }
+
+    #[test]
+    fn another_key_gives_another_order() {
+        let order = |key| (0..1000).map(|place| Permutation::new(key, 1000).at(place)).collect::<Vec<_>>();
+        assert_eq!(order(1), order(1));
+        let in_place = |a: &[u64], b: &[u64]| a.iter().zip(b).filter(|(a, b)| a == b).count();
+        // One is expected by chance.
+        assert!(in_place(&order(1), &order(2)) < 10);
+        assert!(in_place(&order(1), &(0..1000).collect::<Vec<_>>()) < 10);
+    }
+
+    #[test]
+    fn every_number_is_as_likely_at_every_place() {
+        for len in [3, 6, 10] {
+            let num_keys = 6000;
+            let mut counts = vec![vec![0_u64; len as usize]; len as usize];
+            for key in 0..num_keys {
+                let permutation = Permutation::new(mixed(&[5, key]), len);
+                (0..len).for_each(|place| counts[place as usize][permutation.at(place) as usize] += 1);
+            }
+            let expected = num_keys as f64 / len as f64;
+            for count in counts.into_iter().flatten() {
+                // Five standard deviations.
+                assert!((count as f64 - expected).abs() < 5.0 * expected.sqrt(), "{count} of {expected}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "place 5 is outside of a permutation of 5 numbers")]
+    fn places_outside_are_a_bug() {
+        Permutation::new(0, 5).at(5);
+    }
+}

@@ -102,3 +102,83 @@ impl RejectedSamples {
 fn num_lines(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|&&byte| byte == b'\n').count() as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(path: &Path) -> Vec<serde_json::Value> {
+        fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn bad_samples_are_listed_with_their_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rejected.jsonl");
+        let mut list = RejectedSamples::new(&path, 10).unwrap();
+        assert!(!path.exists());
+        list.reject("edits", 7, &DataError::ImageInSystem).unwrap();
+        list.reject("画", 0, &"two\nlines").unwrap();
+        assert_eq!(list.count(), 2);
+        assert_eq!(
+            lines(&path),
+            [
+                serde_json::json!({"source": "edits", "index": 7, "reason": "a system message has an image"}),
+                serde_json::json!({"source": "画", "index": 0, "reason": "two\nlines"}),
+            ]
+        );
+    }
+
+    #[test]
+    fn one_more_than_the_limit_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rejected.jsonl");
+        let mut list = RejectedSamples::new(&path, 2).unwrap();
+        list.reject("a", 0, &"x").unwrap();
+        drop(list);
+        // Opened again, the list goes on counting.
+        let mut list = RejectedSamples::new(&path, 2).unwrap();
+        assert_eq!(list.count(), 1);
+        list.reject("a", 1, &"x").unwrap();
+        let error = list.reject("a", 2, &"x").unwrap_err();
+        assert!(matches!(&error, DataError::TooManyRejected { path: named, count: 3, limit: 2 } if *named == path));
+        assert_eq!(lines(&path).len(), 3);
+    }
+
+    #[test]
+    fn resumed_runs_go_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rejected.jsonl");
+        let mut list = RejectedSamples::new(&path, 10).unwrap();
+        (0..5).for_each(|index| list.reject("a", index, &"x").unwrap());
+        let mut list = RejectedSamples::new(&path, 10).unwrap().with_count(3).unwrap();
+        assert_eq!(list.count(), 3);
+        list.reject("b", 9, &"y").unwrap();
+        let found: Vec<_> = lines(&path).iter().map(|line| line["index"].as_u64().unwrap()).collect();
+        assert_eq!(found, [0, 1, 2, 9]);
+        let error = RejectedSamples::new(&path, 10).unwrap().with_count(5).unwrap_err();
+        assert!(matches!(error, DataError::RejectedMissing { found: 4, expected: 5, .. }));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside the list");
+    }
+
+    #[test]
+    fn a_line_that_was_cut_off_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rejected.jsonl");
+        RejectedSamples::new(&path, 10).unwrap().reject("a", 0, &"x").unwrap();
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, [&whole[..], b"{\"source\": \"a"].concat()).unwrap();
+        assert_eq!(RejectedSamples::new(&path, 10).unwrap().count(), 1);
+        assert_eq!(fs::read(&path).unwrap(), whole);
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_written_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = RejectedSamples::new(dir.path(), 1).unwrap_err();
+        assert!(matches!(&error, DataError::DatasetFile { path, .. } if path == dir.path()));
+        let path = dir.path().join("absent/rejected.jsonl");
+        let error = RejectedSamples::new(&path, 1).unwrap().reject("a", 0, &"x").unwrap_err();
+        assert!(matches!(&error, DataError::DatasetFile { path: named, .. } if *named == path));
+    }
+}
