@@ -9,7 +9,7 @@ use nexus::{
     Image, Message, Role,
     data::{
         MessagesWriter,
-        world::{SIDE_PX, Split, Task, World},
+        world::{SIDE_PX, Split, Task, World, judge},
     },
 };
 
@@ -31,6 +31,9 @@ struct Args {
     /// Print the texts, one to a line, for `tools/tiny/make_tokenizer.py`
     #[arg(long)]
     texts: bool,
+    /// Read every picture back and print the share that is read right
+    #[arg(long)]
+    read: bool,
     /// Write a sheet of the last pictures
     #[arg(long)]
     sheet: Option<PathBuf>,
@@ -53,6 +56,7 @@ fn main() -> Result<()> {
     let split = if args.held_out { Split::HeldOut } else { Split::Train };
     let mut writer = args.messages.as_ref().map(MessagesWriter::create).transpose()?;
     let mut pictures = vec![];
+    let (mut right, mut read) = (0, 0);
     for asked in &args.task {
         let task = match asked {
             Asked::Understanding => Task::Understanding,
@@ -65,7 +69,16 @@ fn main() -> Result<()> {
             if let Some(writer) = &mut writer {
                 writer.push(&sample.messages)?;
             }
-            if args.texts {
+            if args.read {
+                for (picture, truth) in sample.messages.iter().flat_map(Message::images).zip(&sample.scenes) {
+                    let verdict = judge(picture, truth);
+                    read += 1;
+                    right += u64::from(verdict.correct);
+                    if !verdict.correct {
+                        println!("{}: {verdict}", sample.id);
+                    }
+                }
+            } else if args.texts {
                 for text in sample.messages.iter().flat_map(Message::texts) {
                     println!("{text}");
                 }
@@ -79,6 +92,9 @@ fn main() -> Result<()> {
     }
     if let Some(writer) = writer {
         writer.finish()?;
+    }
+    if args.read {
+        println!("{right} of {read} pictures are read right");
     }
     match args.sheet {
         Some(path) => Ok(sheet(&pictures)?.save(path)?),

@@ -17,8 +17,10 @@
 mod compose;
 mod draws;
 mod edits;
+mod judge;
 mod phrases;
 mod questions;
+mod reader;
 mod render;
 mod scene;
 
@@ -30,6 +32,8 @@ use self::scene::either;
 use crate::{Image, Language, Message, edit_prompt, generation_prompt};
 
 pub use self::compose::canonical_places;
+pub use self::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
+pub use self::reader::{Reading, read_scene};
 pub use self::render::{PLACE_PX, PixelNoise, SIDE_PX};
 pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
 
