@@ -349,7 +349,7 @@ pub(crate) mod tests {
             }
         };
         let cases: [(Change, fn(&ArError) -> bool); 12] = [
-            (|s| drop(s.labels.pop()), |e| matches!(e, ArError::LabelCount { labels: 95, tokens: 96 })),
+            (|s| s.labels.truncate(95), |e| matches!(e, ArError::LabelCount { labels: 95, tokens: 96 })),
             (|s| s.labels.fill(None), |e| matches!(e, ArError::NoLabels)),
             (|s| s.labels[11] = Some(5), |e| matches!(e, ArError::Label { index: 11, label: 5, id: 4 })),
             (|s| s.token_ids[0] = 16, |e| matches!(e, ArError::TokenOutOfVocabulary { id: 16, vocab_size: 16 })),
