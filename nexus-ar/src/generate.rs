@@ -354,12 +354,10 @@ impl<'a> Reply<'a> {
     /// Feeds as many prefill embeddings as there are positions; returns their states, `[1, positions, hidden]`.
     fn feed_prefill(&mut self, positions: Vec<[i64; 3]>) -> Tensor<3> {
         let prefill = self.model.prefill_embeds(self.options.dtype).narrow(1, 0, positions.len());
-        match self.options.image_pass {
-            ImagePass::Parallel => self.feed(prefill, positions),
-            _ => {
-                let step = |(index, position)| self.feed(prefill.clone().narrow(1, index, 1), vec![position]);
-                Tensor::cat(positions.into_iter().enumerate().map(step).collect(), 1)
-            }
+        if self.options.image_pass != ImagePass::Sequential {
+            return self.feed(prefill, positions);
         }
+        let step = |(index, position)| self.feed(prefill.clone().narrow(1, index, 1), vec![position]);
+        Tensor::cat(positions.into_iter().enumerate().map(step).collect(), 1)
     }
 }

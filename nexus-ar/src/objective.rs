@@ -189,3 +189,131 @@ fn indices<const D: usize>(values: Vec<i64>, like: &Tensor<D>) -> Tensor<1, Int>
     let count = values.len();
     Tensor::from_data(TensorData::new(values, [count]), (&like.device(), DType::I64))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use nexus_core::{
+        ImageEmbeds,
+        testing::{assert_close, assert_close_tensors, cpu},
+    };
+
+    use super::*;
+    use crate::{
+        GenerateOptions, ImagePass, Prompt, TrainingSample, generate,
+        training_batch::tests::{BOI, EOI, IMG, editing, image, tiny, words},
+    };
+
+    fn model() -> ArModel {
+        ArModel::new(&tiny(), &cpu().autodiff()).unwrap()
+    }
+
+    fn batch(samples: Vec<TrainingSample>) -> TrainingBatch {
+        TrainingBatch::new(samples, &tiny()).unwrap()
+    }
+
+    fn value(tensor: &Tensor<1>) -> f32 {
+        tensor.to_data().try_into_vec_as::<f32>().unwrap()[0]
+    }
+
+    #[test]
+    fn losses_of_rows_are_those_of_the_formulas() {
+        let logits = Tensor::from_data([[0.0, 2f32.ln(), 0.0], [3f32.ln(), 0.0, 0.0]], &cpu());
+        // Softmax [1/4, 1/2, 1/4] and [3/5, 1/5, 1/5].
+        let expected = -(0.5f32.ln() + 0.2f32.ln()) / 2.0;
+        assert_close(&mean_cross_entropy(logits, vec![1, 2]), &[expected], 1e-6);
+        let a = Tensor::from_data([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]], &cpu());
+        let b = Tensor::from_data([[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]], &cpu());
+        assert_close(&cosine_distance(a, b), &[(1.0 - 24.0 / 25.0 + 2.0 + 1.0) / 3.0], 1e-6);
+    }
+
+    #[test]
+    fn parts_add_up_with_their_weights() {
+        let objective = ArObjective { token_weight: 0.5, image_weight: 2.0, prefill: true };
+        let loss = objective.loss(&model(), &batch(vec![editing(), words()]), FloatDType::F32).unwrap();
+        let image = (value(&loss.mse) + value(&loss.cosine)) / 2.0;
+        assert!((value(&loss.image) - image).abs() < 1e-6);
+        assert_close(&loss.total, &[0.5 * value(&loss.cross_entropy) + 2.0 * image], 1e-6);
+        let text = ArObjective::default().loss(&model(), &batch(vec![words()]), FloatDType::F32).unwrap();
+        assert_eq!((value(&text.image), value(&text.total)), (0.0, 3.0 * value(&text.cross_entropy)));
+    }
+
+    #[test]
+    fn embeddings_of_a_batch_are_those_of_its_prompts() {
+        let (model, sample) = (model(), editing());
+        let batch = batch(vec![words(), sample.clone()]);
+        for prefill in [true, false] {
+            let embeds = model.embed_batch(&batch, prefill, FloatDType::F32).unwrap();
+            let answer = if prefill { model.prefill_embeds(FloatDType::F32) } else { sample.targets[0].values.clone() };
+            let answer = ImageEmbeds::new(answer, sample.targets[0].grid).unwrap();
+            let images = [sample.inputs[0].clone(), answer];
+            let expected = model.embed(&sample.token_ids, &images, FloatDType::F32).unwrap();
+            assert_close_tensors(&embeds.clone().narrow(0, 1, 1), &expected, 0.0);
+            let expected = model.embed(&words().token_ids, &[], FloatDType::F32).unwrap();
+            assert_close_tensors(&embeds.narrow(0, 0, 1).narrow(1, 0, 3), &expected, 0.0);
+        }
+    }
+
+    #[test]
+    fn the_gradient_of_an_input_image_is_the_slope_of_the_loss() {
+        let (model, objective) = (model(), ArObjective::default());
+        let loss = |values: Tensor<3>| {
+            let mut sample = editing();
+            sample.inputs[0].values = values;
+            objective.loss(&model, &batch(vec![words(), sample]), FloatDType::F32).unwrap().total
+        };
+        let values = editing().inputs[0].values.clone();
+        let tracked = values.clone().autodiff().require_grad();
+        let gradient = tracked.grad(&loss(tracked.clone()).backward()).unwrap();
+        // Along the gradient the slope is largest, and so least touched by rounding.
+        let norm = value(&gradient.clone().square().sum().sqrt());
+        let step = gradient / norm * 0.02;
+        let slope = (value(&loss(values.clone() + step.clone())) - value(&loss(values - step))) / 0.04;
+        assert!((slope - norm).abs() < 0.02 * norm, "slope {slope}, gradient {norm}");
+    }
+
+    #[test]
+    fn true_embeddings_get_no_gradient() {
+        let mut sample = editing();
+        let tracked = sample.targets[0].values.clone().autodiff().require_grad();
+        sample.targets[0].values = tracked.clone() * 2.0;
+        for prefill in [true, false] {
+            let objective = ArObjective { prefill, ..Default::default() };
+            let batch = batch(vec![sample.clone()]);
+            let gradients = objective.loss(&model(), &batch, FloatDType::F32).unwrap().total.backward();
+            assert!(tracked.grad(&gradients).is_none());
+        }
+    }
+
+    /// What the model draws from its own predictions is what it predicts when they are given as the truth.
+    #[test]
+    fn teacher_forcing_is_the_training_of_autoregressive_drawing() {
+        let model = model();
+        let prompt = [1, 2, BOI];
+        let options =
+            GenerateOptions { image_pass: ImagePass::Autoregressive, max_new_tokens: 83, ..Default::default() };
+        let prompt_input = Prompt { token_ids: &prompt, images: &[] };
+        let drawn = generate(&model, prompt_input, &options, &mut |_| ControlFlow::Continue(())).unwrap();
+        let parallel = GenerateOptions { image_pass: ImagePass::Parallel, ..options };
+        let other = generate(&model, prompt_input, &parallel, &mut |_| ControlFlow::Continue(())).unwrap();
+        let first = |generation: &crate::Generation| generation.images[0].values.clone().inner().narrow(1, 0, 1);
+        assert_close_tensors(&first(&drawn), &first(&other), 1e-5);
+        let token_ids = [&prompt[..], &[IMG; 81], &[EOI]].concat();
+        assert_eq!(drawn.token_ids[..token_ids.len()], token_ids);
+        let labels: Vec<Option<u32>> =
+            token_ids.iter().enumerate().map(|(index, &id)| (index > 2).then_some(id)).collect();
+        let loss = |targets: Vec<ImageEmbeds>, prefill| {
+            let sample =
+                TrainingSample { token_ids: token_ids.clone(), labels: labels.clone(), inputs: vec![], targets };
+            let objective = ArObjective { prefill, ..Default::default() };
+            objective.loss(&model, &batch(vec![sample]), FloatDType::F32).unwrap()
+        };
+        let scale = value(&drawn.images[0].values.clone().inner().square().mean());
+        let own = loss(drawn.images.clone(), false);
+        assert!(value(&own.mse) < 1e-9 * scale, "{} of {scale}", value(&own.mse));
+        assert!(value(&loss(drawn.images.clone(), true).mse) > 1e-4 * scale);
+        assert!(value(&loss(other.images.clone(), true).mse) < 1e-9 * scale);
+        assert!(value(&loss(vec![image(18, 18, 5)], false).mse) > 1e-4);
+    }
+}

@@ -257,3 +257,124 @@ fn grids_in_order(
     }
     Ok(grids)
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use nexus_core::testing::ramp;
+
+    use super::*;
+    use crate::{RopeScaling, TokenIds};
+
+    pub(crate) const BOI: u32 = 11;
+    pub(crate) const EOI: u32 = 12;
+    pub(crate) const IMG: u32 = 13;
+
+    pub(crate) fn tiny() -> ArConfig {
+        ArConfig {
+            hidden_size: 16,
+            intermediate_size: 24,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            vocab_size: 16,
+            rope_scaling: RopeScaling { mrope_section: [2, 1, 1] },
+            max_position_embeddings: 200,
+            token_ids: TokenIds {
+                vision_start_token_id: BOI,
+                vision_end_token_id: EOI,
+                image_token_id: IMG,
+                eos_token_id: 14,
+                bos_token_id: 15,
+            },
+            ..ArConfig::released()
+        }
+    }
+
+    pub(crate) fn image(h: usize, w: usize, seed: usize) -> ImageEmbeds {
+        let grid = GridThw::new(1, h, w).unwrap();
+        ImageEmbeds::new(ramp([1, grid.num_merged_tokens(), 16], seed), grid).unwrap()
+    }
+
+    /// A prompt with a picture of 2x3 tokens, and a reply with a word, a drawn picture and the end of the turn.
+    pub(crate) fn editing() -> TrainingSample {
+        let prompt = [&[1, 2, BOI][..], &[IMG; 6], &[EOI, 3]].concat();
+        let reply = [&[4, BOI][..], &[IMG; 81], &[EOI, 14]].concat();
+        TrainingSample {
+            labels: [vec![None; prompt.len()], reply.iter().copied().map(Some).collect()].concat(),
+            token_ids: [prompt, reply].concat(),
+            inputs: vec![image(4, 6, 1)],
+            targets: vec![image(18, 18, 2)],
+        }
+    }
+
+    /// Three words, of which the last two are learned.
+    pub(crate) fn words() -> TrainingSample {
+        TrainingSample {
+            token_ids: vec![2, 5, 14],
+            labels: vec![None, Some(5), Some(14)],
+            inputs: vec![],
+            targets: vec![],
+        }
+    }
+
+    #[test]
+    fn every_place_and_label_is_found() {
+        let batch = TrainingBatch::new(vec![words(), editing()], &tiny()).unwrap();
+        let length = editing().token_ids.len();
+        assert_eq!((batch.num_samples(), batch.num_tokens()), (2, length));
+        assert_eq!((batch.num_text_labels(), batch.num_image_labels()), (2 + 4, 81));
+        assert_eq!(batch.vocabulary, [2, 5, 14, 1, BOI, EOI, 3, 4]);
+        let second = &batch.places[length..];
+        assert_eq!(second[1..5], [Place::Token(0), Place::Token(4), Place::Input(0), Place::Input(1)]);
+        assert_eq!(second[12..15], [Place::Token(4), Place::Answer(0), Place::Answer(1)]);
+        // The token that begins the picture predicts its first embedding.
+        assert_eq!(batch.image_labels[..2], [length + 12, length + 13]);
+        assert_eq!(batch.text_labels[..3], [(0, 5), (1, 14), (length + 10, 4)]);
+        assert_eq!(batch.positions[3..length], vec![[1; 3]; length - 3]);
+        // Text 0..3, a picture of 2x3, text 6..10, a picture of 9x9.
+        assert_eq!(batch.positions[length + 8], [3, 4, 5]);
+        assert_eq!(batch.positions[length + 13 + 80], [10, 18, 18]);
+        assert_eq!(batch.positions[length + 13 + 81], [19; 3]);
+    }
+
+    #[test]
+    fn bad_samples_are_refused() {
+        type Change = fn(&mut TrainingSample);
+        let refused = |change: Change| {
+            let mut sample = editing();
+            change(&mut sample);
+            match TrainingBatch::new(vec![words(), sample], &tiny()).unwrap_err() {
+                ArError::Sample { index: 1, source } => *source,
+                other => panic!("{other}"),
+            }
+        };
+        let cases: [(Change, fn(&ArError) -> bool); 12] = [
+            (|s| s.labels.truncate(95), |e| matches!(e, ArError::LabelCount { labels: 95, tokens: 96 })),
+            (|s| s.labels.fill(None), |e| matches!(e, ArError::NoLabels)),
+            (|s| s.labels[11] = Some(5), |e| matches!(e, ArError::Label { index: 11, label: 5, id: 4 })),
+            (|s| s.token_ids[0] = 16, |e| matches!(e, ArError::TokenOutOfVocabulary { id: 16, vocab_size: 16 })),
+            (|s| s.targets.clear(), |e| matches!(e, ArError::AnswerImages { labels: 81, embeddings: 0 })),
+            (|s| s.targets.push(image(18, 18, 3)), |e| matches!(e, ArError::AnswerImages { labels: 81, .. })),
+            (|s| s.targets[0] = image(18, 20, 3), |e| matches!(e, ArError::AnswerTokens { tokens: 90, expected: 81 })),
+            (|s| s.inputs.clear(), |e| matches!(e, ArError::ImageTokens { positions: 6, embeddings: 0 })),
+            (|s| s.labels[3] = Some(IMG), |e| matches!(e, ArError::AnswerImages { labels: 82, embeddings: 81 })),
+            (|s| s.token_ids.clear(), |e| matches!(e, ArError::EmptyPrompt)),
+            (
+                |s| s.inputs[0].values = ramp([1, 6, 8], 1),
+                |e| matches!(e, ArError::EmbedWidth { found: 8, expected: 16 }),
+            ),
+            (
+                |s| {
+                    s.token_ids.resize(201, 1);
+                    s.labels.resize(201, None);
+                },
+                |e| matches!(e, ArError::PromptTooLong { tokens: 201, limit: 200 }),
+            ),
+        ];
+        for (index, (change, expected)) in cases.into_iter().enumerate() {
+            let error = refused(change);
+            assert!(expected(&error), "case {index}: {error}");
+        }
+        assert!(matches!(TrainingBatch::new(vec![], &tiny()), Err(ArError::EmptyBatch)));
+    }
+}

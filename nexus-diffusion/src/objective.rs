@@ -132,3 +132,112 @@ fn per_sample(factors: Vec<f32>, like: &Tensor<4>) -> Tensor<4> {
         Tensor::from_data(TensorData::new(factors, [batch, 1, 1, 1]), (&like.device(), DType::F32));
     factors.cast(like.dtype())
 }
+
+#[cfg(test)]
+mod tests {
+    use nexus_core::{
+        checkpoint::module_layout,
+        testing::{assert_close, cpu, ramp},
+        train::{GradientSum, NamePattern, freeze},
+    };
+
+    use super::*;
+    use crate::{
+        GenerationDecoder,
+        config::{DiffusionConfig, DitConfig, MergerConfig, MergerVisionConfig, RopeScaling},
+        weights::GENERATION_DECODER,
+    };
+
+    fn tiny() -> DiffusionConfig {
+        DiffusionConfig {
+            merger: MergerConfig {
+                hidden_size: 16,
+                intermediate_size: 8,
+                num_attention_heads: 2,
+                num_key_value_heads: 1,
+                rms_norm_eps: 1e-6,
+                rope_theta: 1e6,
+                rope_scaling: RopeScaling { mrope_section: [2, 1, 1] },
+                vision_config: MergerVisionConfig::default(),
+            },
+            dit: DitConfig {
+                dim: 16,
+                num_heads: 2,
+                num_double: 1,
+                num_single: 1,
+                context_dim: 6,
+                pooled_dim: 4,
+                in_channels: 8,
+                axes_dim: [2, 2, 4],
+                ..DitConfig::default()
+            },
+        }
+    }
+
+    fn values(tensor: &Tensor<1>) -> f32 {
+        tensor.to_data().try_into_vec_as::<f32>().unwrap()[0]
+    }
+
+    /// Samples `from..from + count` of a batch of three.
+    fn loss(decoder: &GenerationDecoder, from: usize, count: usize, indices: &[usize]) -> FlowLoss {
+        let part = |x: Tensor<4>| x.narrow(0, from, count);
+        let embeds = decoder.adapter.forward(ramp([3, 5, 16], 1).narrow(0, from, count));
+        let conditioning = Conditioning::without_positions(embeds);
+        let input = FlowMatchingInput {
+            conditioning: &conditioning,
+            pooled: ramp([3, 4], 2).narrow(0, from, count),
+            latents: part(ramp([3, 2, 4, 6], 3)),
+            noise: part(ramp([3, 2, 4, 6], 4)),
+            timestep_indices: indices,
+            embedded_guidance: 3.5,
+        };
+        FlowMatching::new().loss(&decoder.dit, input)
+    }
+
+    #[test]
+    fn a_batch_is_the_mean_of_its_samples() {
+        let decoder = GenerationDecoder::new(&tiny(), &cpu().autodiff());
+        let indices = [10, 500, 930];
+        let batch = loss(&decoder, 0, 3, &indices);
+        let alone: Vec<FlowLoss> = (0..3).map(|i| loss(&decoder, i, 1, &indices[i..=i])).collect();
+        let mean = |part: fn(&FlowLoss) -> &Tensor<1>| alone.iter().map(|loss| values(part(loss))).sum::<f32>() / 3.0;
+        assert_close(&batch.total, &[mean(|loss| &loss.total)], 1e-5);
+        assert_close(&batch.mse, &[mean(|loss| &loss.mse)], 1e-5);
+        let weights = FlowMatching::new();
+        for (index, loss) in indices.into_iter().zip(&alone) {
+            assert_close(&loss.total, &[weights.weights()[index] * values(&loss.mse)], 1e-5);
+        }
+        assert!(values(&alone[0].mse) != values(&alone[1].mse));
+    }
+
+    #[test]
+    fn each_sample_has_its_own_noise_level() {
+        let objective = FlowMatching::new();
+        let (clean, noise) = (ramp([2, 1, 2, 2], 1), ramp([2, 1, 2, 2], 2));
+        let noisy = objective.add_noise(&[0, 999], clean.clone(), noise.clone());
+        let [low, high] = [0, 999].map(|index| objective.schedule().sigmas()[index]);
+        assert_eq!(low, 1.0);
+        let mixed = |sample: usize, sigma: f32| {
+            let part = |x: &Tensor<4>| x.clone().narrow(0, sample, 1);
+            part(&clean) * (1.0 - sigma) + part(&noise) * sigma
+        };
+        let expected = Tensor::cat(vec![mixed(0, low), mixed(1, high)], 0);
+        assert_close(&noisy, &expected.into_data().try_to_vec::<f32>().unwrap(), 1e-7);
+    }
+
+    #[test]
+    fn gradients_reach_the_adapter_unless_it_is_frozen() {
+        let decoder = GenerationDecoder::new(&tiny(), &cpu().autodiff());
+        let count = module_layout(&decoder, &GENERATION_DECODER).len();
+        let gradients = |decoder: &GenerationDecoder| {
+            let mut sum = GradientSum::new();
+            sum.add(loss(decoder, 0, 2, &[300, 600]).total.backward(), decoder, &GENERATION_DECODER);
+            sum
+        };
+        assert_eq!(gradients(&decoder).len(), count);
+        let (decoder, frozen) = freeze(decoder, &GENERATION_DECODER, &[NamePattern("adapter.*".into())]);
+        let sum = gradients(&decoder);
+        assert_eq!(sum.len(), count - frozen[0]);
+        assert!(sum.get("adapter.0.weight").is_none() && sum.get("pipe.dit.x_embedder.weight").is_some());
+    }
+}

@@ -158,3 +158,121 @@ fn token_places(grids: &[GridThw], device: &Device) -> Tensor<2> {
     let tokens = places.len() / 2;
     Tensor::from_data(TensorData::new(places, [tokens, 2]), (device, DType::F32))
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Int;
+    use nexus_core::{
+        checkpoint::{WeightNames, module_layout},
+        testing::{assert_close, assert_close_tensors, cpu, ramp},
+        train::{GradientSum, NamePattern, freeze},
+    };
+
+    use super::*;
+    use crate::{NAMES, VisionConfig, VisionEncoder};
+
+    fn value(tensor: &Tensor<1>) -> f32 {
+        tensor.to_data().try_into_vec_as::<f32>().unwrap()[0]
+    }
+
+    fn tiny() -> VisionConfig {
+        VisionConfig {
+            depth: 2,
+            hidden_size: 16,
+            intermediate_size: 24,
+            num_heads: 2,
+            window_size: 56,
+            out_hidden_size: 12,
+            fullatt_block_indexes: vec![1],
+            ..VisionConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_token_is_its_square_of_pixels_at_half_the_size() {
+        // One cell: the value of a pixel of channel c at (y, x) of its 28x28 is 1000 c + y + x / 100.
+        let patches: Vec<f32> = (0..4)
+            .flat_map(|patch| {
+                (0..CHANNELS * FRAMES * PATCH_SIZE_PX * PATCH_SIZE_PX).map(move |i| {
+                    let (channel, pixel) = (i / (FRAMES * 196), i % 196);
+                    let (y, x) = (patch / 2 * 14 + pixel / 14, patch % 2 * 14 + pixel % 14);
+                    (1000 * channel + y) as f32 + x as f32 / 100.0
+                })
+            })
+            .collect();
+        let patches = Tensor::from_data(TensorData::new(patches, [4, 1176]), &cpu());
+        let expected: Vec<f32> = (0..APPEARANCE)
+            .map(|i| {
+                let (channel, y, x) = (i / 196, i % 196 / 14, i % 14);
+                (1000 * channel + 2 * y) as f32 + 0.5 + (2.0 * x as f32 + 0.5) / 100.0
+            })
+            .collect();
+        assert_close(&appearance(patches), &expected, 1e-6);
+    }
+
+    #[test]
+    fn places_are_the_middles_of_tokens() {
+        let grids = [GridThw::new(1, 4, 2).unwrap(), GridThw::new(1, 2, 8).unwrap()];
+        let expected = [0.25, 0.5, 0.75, 0.5, 0.5, 0.125, 0.5, 0.375, 0.5, 0.625, 0.5, 0.875];
+        assert_close(&token_places(&grids, &cpu()), &expected, 1e-6);
+    }
+
+    #[test]
+    fn a_head_that_knows_everything_pays_for_the_size_alone() {
+        let grids = [GridThw::new(1, 2, 2).unwrap()];
+        let mut head = AppearanceHead::new(3, 4, &cpu());
+        head.fc2.weight = head.fc2.weight.map(|weight| weight * 0.0);
+        head.place.weight = head.place.weight.map(|weight| weight * 0.0);
+        let patches = ramp([4, 1176], 1);
+        head.fc2.bias = head.fc2.bias.map(|bias| bias.map(|_| appearance(patches.clone()).squeeze_dim(0)));
+        head.place.bias = head.place.bias.map(|bias| bias.map(|bias| bias * 0.0 + 0.5));
+        let embeds = Tensor::from_data([[[1.0, 2.0, 2.0]]], &cpu());
+        let input = AppearanceInput { noise: embeds.zeros_like(), embeds, patches, grids: &grids };
+        let loss = AppearanceObjective { position_weight: 5.0, size_weight: 0.1 }.loss(&head, input);
+        assert_eq!((value(&loss.pixels), value(&loss.position)), (0.0, 0.0));
+        assert_close(&loss.size, &[4.0], 1e-6);
+        assert_close(&loss.total, &[0.4], 1e-6);
+    }
+
+    #[test]
+    fn gradients_reach_head_and_encoder_but_not_what_is_frozen() {
+        let grids = [GridThw::new(1, 6, 10).unwrap(), GridThw::new(1, 4, 4).unwrap()];
+        let device = cpu().autodiff();
+        let frozen = [NamePattern("visual.patch_embed.*".into())];
+        let (encoder, counts) = freeze(VisionEncoder::new(&tiny(), &device), &NAMES, &frozen);
+        assert_eq!(counts, [1]);
+        let head = AppearanceHead::new(12, 10, &device);
+        let patches = ramp([76, 1176], 2);
+        let embeds = encoder.forward(patches.clone(), &grids);
+        let noise = ramp([1, 19, 12], 3) * 0.1;
+        let input = AppearanceInput { embeds, patches, grids: &grids, noise };
+        let gradients = || AppearanceObjective::default().loss(&head, input.clone()).total;
+        let mut sum = GradientSum::new();
+        sum.add(gradients().backward(), &encoder, &NAMES);
+        assert_eq!(sum.len(), module_layout(&encoder, &NAMES).len() - 1);
+        assert!(sum.norm().unwrap() > 0.0);
+
+        let again = encoder.forward(input.patches.clone(), &grids);
+        let names = WeightNames::default();
+        let loss = AppearanceObjective::default().loss(&head, AppearanceInput { embeds: again, ..input.clone() });
+        let mut sum = GradientSum::new();
+        sum.add(loss.total.backward(), &head, &names);
+        assert_eq!(sum.len(), 6);
+    }
+
+    #[test]
+    fn many_pictures_with_gradients_are_what_each_is_alone() {
+        let grids = [[6, 10], [4, 4], [6, 10], [2, 6]].map(|[h, w]| GridThw::new(1, h, w).unwrap());
+        let encoder = VisionEncoder::new(&tiny(), &cpu().autodiff());
+        let patches = ramp([148, 1176], 4);
+        let together = encoder.forward(patches.clone(), &grids);
+        let mut alone = vec![];
+        let mut start = 0;
+        for grid in grids {
+            let rows = Tensor::<1, Int>::arange(start..start + grid.num_patches() as i64, &cpu());
+            alone.push(encoder.forward(patches.clone().select(0, rows), &[grid]));
+            start += grid.num_patches() as i64;
+        }
+        assert_close_tensors(&together, &Tensor::cat(alone, 1), 1e-5);
+    }
+}

@@ -1,6 +1,6 @@
 //! Scaled dot-product attention: q, k, v with heads beside tokens -> mixed values.
 
-use burn::tensor::{Tensor, module, ops::AttentionModuleOptions};
+use burn::tensor::{Int, Tensor, TensorData, module, ops::AttentionModuleOptions};
 
 /// Which keys a query may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,15 +60,65 @@ fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Te
         Visibility::Causal => run(q, k, v, queries > 1),
         Visibility::Segments(bounds) => {
             assert_eq!((bounds.first(), bounds.last()), (Some(&0), Some(&queries)), "segments must cover the tokens");
-            let part = |x: &Tensor<4>, start, end| x.clone().narrow(2, start, end - start);
-            let segments = bounds.windows(2).map(|pair| {
-                let (start, end) = (pair[0], pair[1]);
-                run(part(&q, start, end), part(&k, start, end), part(&v, start, end), false)
+            let plan = SegmentPlan::new(bounds);
+            let device = q.device();
+            let order = |indices: &[usize]| {
+                let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
+                Tensor::<1, Int>::from_data(TensorData::new(indices, [queries]), &device)
+            };
+            let sorted = |x: Tensor<4>| if plan.is_sorted { x } else { x.select(2, order(&plan.order)) };
+            let [q, k, v] = [q, k, v].map(sorted);
+            let mut start = 0;
+            let groups = plan.groups.iter().map(|&(count, length)| {
+                let part = |x: &Tensor<4>| segments_as_batch(x.clone().narrow(2, start, count * length), count);
+                let mixed = run(part(&q), part(&k), part(&v), false);
+                start += count * length;
+                mixed.reshape([batch, count, heads, length, head_dim]).swap_dims(1, 2).reshape([
+                    batch,
+                    heads,
+                    count * length,
+                    head_dim,
+                ])
             });
-            Tensor::cat(segments.collect(), 2)
+            let mixed = Tensor::cat(groups.collect(), 2);
+            if plan.is_sorted { mixed } else { mixed.select(2, order(&plan.places)) }
         }
     };
     mixed.swap_dims(1, 2).reshape([batch, queries, heads * head_dim])
+}
+
+/// Segments sorted by length, so that those of one length are one batch and not one call each.
+struct SegmentPlan {
+    /// Tokens in the order of the groups.
+    order: Vec<usize>,
+    /// Place of each token in `order`.
+    places: Vec<usize>,
+    is_sorted: bool,
+    /// Number and length of the segments of each length.
+    groups: Vec<(usize, usize)>,
+}
+
+impl SegmentPlan {
+    fn new(bounds: &[usize]) -> Self {
+        let mut segments: Vec<(usize, usize)> = bounds.windows(2).map(|pair| (pair[1] - pair[0], pair[0])).collect();
+        segments.retain(|(length, _)| *length > 0);
+        segments.sort_unstable();
+        let order: Vec<usize> = segments.iter().flat_map(|&(length, start)| start..start + length).collect();
+        let mut places = vec![0; order.len()];
+        for (place, &token) in order.iter().enumerate() {
+            places[token] = place;
+        }
+        let of_one_length = segments.chunk_by(|a, b| a.0 == b.0);
+        let groups = of_one_length.map(|segments| (segments.len(), segments[0].0)).collect();
+        Self { is_sorted: order.is_sorted(), order, places, groups }
+    }
+}
+
+/// `[batch, heads, count * length, head_dim]` to `[batch * count, heads, length, head_dim]`.
+fn segments_as_batch(x: Tensor<4>, count: usize) -> Tensor<4> {
+    let [batch, heads, tokens, head_dim] = x.dims();
+    let length = tokens / count;
+    x.reshape([batch, heads, count, length, head_dim]).swap_dims(1, 2).reshape([batch * count, heads, length, head_dim])
 }
 
 fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
@@ -85,8 +135,6 @@ fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use burn::tensor::TensorData;
-
     use super::*;
     use crate::testing::{assert_close, cpu, ramp};
 
@@ -157,12 +205,14 @@ pub(crate) mod tests {
 
     #[test]
     fn segments_do_not_see_each_other() {
-        let bounds = [0, 2, 3, 8];
-        let segment = |i: usize| bounds.iter().rposition(|&start| start <= i).unwrap();
-        let [q, k, v] = qkv(1, 8, 8, 2, 2);
-        let expected = naive([&q, &k, &v], |i, j| segment(i) == segment(j), |_, _, _| 0.0, 1.0 / 6f64.sqrt());
-        let options = Attention { visibility: Visibility::Segments(&bounds), ..Default::default() };
-        check([q, k, v], &options, &expected);
+        for (batch, bounds) in [(1, vec![0, 2, 3, 8]), (2, vec![0, 3, 5, 8]), (2, vec![0, 2, 4, 6, 8]), (1, vec![0, 8])]
+        {
+            let segment = |i: usize| bounds.iter().rposition(|&start| start <= i).unwrap();
+            let [q, k, v] = qkv(batch, 8, 8, 4, 2);
+            let expected = naive([&q, &k, &v], |i, j| segment(i) == segment(j), |_, _, _| 0.0, 1.0 / 6f64.sqrt());
+            let options = Attention { visibility: Visibility::Segments(&bounds), ..Default::default() };
+            check([q, k, v], &options, &expected);
+        }
     }
 
     #[test]

@@ -70,3 +70,78 @@ fn neighbour_differences(picture: Tensor<4>, side: usize) -> Tensor<4> {
     let pairs = picture.dims()[side] - 1;
     picture.clone().narrow(side, 1, pairs) - picture.narrow(side, 0, pairs)
 }
+
+#[cfg(test)]
+mod tests {
+    use nexus_core::{
+        checkpoint::module_layout,
+        testing::{assert_close, assert_close_tensors, cpu, ramp},
+        train::GradientSum,
+    };
+
+    use super::*;
+    use crate::{config::AutoencoderConfig, weights::AUTOENCODER};
+
+    fn autoencoder() -> Autoencoder {
+        let config = AutoencoderConfig { ch: 4, num_res_blocks: 1, z_channels: 2, groups: 2, ..Default::default() };
+        Autoencoder::new(&config, &cpu().autodiff())
+    }
+
+    fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+        tensor.to_data().try_into_vec_as::<f32>().unwrap()
+    }
+
+    #[test]
+    fn losses_are_those_of_the_formulas() {
+        let (autoencoder, picture) = (autoencoder(), ramp([2, 3, 16, 8], 1));
+        let noise = ramp([2, 2, 2, 1], 2);
+        let objective = AutoencoderObjective { gradient_weight: 0.5, kl_weight: 0.25 };
+        let loss = objective.loss(&autoencoder, picture.clone(), noise.clone());
+        let (mean, log_variance) = autoencoder.moments(picture.clone());
+        let sampled: Vec<f32> = values(&mean)
+            .iter()
+            .zip(values(&log_variance))
+            .zip(values(&noise))
+            .map(|((mean, log), noise)| mean + (log / 2.0).exp() * noise)
+            .collect();
+        let sampled = Tensor::from_data(burn::tensor::TensorData::new(sampled, [2, 2, 2, 1]), &cpu());
+        let difference = values(&(autoencoder.decoder.forward(sampled) - picture));
+        let count = difference.len() as f32;
+        let reconstruction = difference.iter().map(|d| d.abs() + d * d).sum::<f32>() / count;
+        assert_close(&loss.reconstruction, &[reconstruction], 1e-5);
+        let at = |plane: usize, y: usize, x: usize| difference[(plane * 16 + y) * 8 + x];
+        let (mut down, mut right) = (0.0, 0.0);
+        for plane in 0..6 {
+            for y in 0..16 {
+                for x in 0..8 {
+                    down += if y < 15 { (at(plane, y + 1, x) - at(plane, y, x)).abs() } else { 0.0 };
+                    right += if x < 7 { (at(plane, y, x + 1) - at(plane, y, x)).abs() } else { 0.0 };
+                }
+            }
+        }
+        assert_close(&loss.gradient, &[down / (6 * 15 * 8) as f32 + right / (6 * 16 * 7) as f32], 1e-5);
+        let of_normal = |(mean, log): (f32, f32)| 0.5 * (mean * mean + log.exp() - 1.0 - log);
+        let kl: Vec<f32> = values(&mean).into_iter().zip(values(&log_variance)).map(of_normal).collect();
+        assert_close(&loss.kl, &[kl.iter().sum::<f32>() / kl.len() as f32], 1e-4);
+        let [gradient, kl] = [&loss.gradient, &loss.kl].map(|part| values(part)[0]);
+        assert_close(&loss.total, &[reconstruction + 0.5 * gradient + 0.25 * kl], 1e-5);
+    }
+
+    #[test]
+    fn the_encoded_picture_is_the_scaled_mean() {
+        let (autoencoder, picture) = (autoencoder(), ramp([1, 3, 8, 8], 3));
+        let (mean, log_variance) = autoencoder.moments(picture.clone());
+        assert_eq!(log_variance.dims(), [1, 2, 1, 1]);
+        assert_close_tensors(&autoencoder.encode(picture, None), &((mean - 0.1159) * 0.3611), 1e-6);
+    }
+
+    #[test]
+    fn gradients_reach_every_weight() {
+        let autoencoder = autoencoder();
+        let loss = AutoencoderObjective::default().loss(&autoencoder, ramp([1, 3, 16, 16], 1), ramp([1, 2, 2, 2], 2));
+        let mut sum = GradientSum::new();
+        sum.add(loss.total.backward(), &autoencoder, &AUTOENCODER);
+        assert_eq!(sum.len(), module_layout(&autoencoder, &AUTOENCODER).len());
+        assert!(sum.norm().unwrap() > 0.0);
+    }
+}
