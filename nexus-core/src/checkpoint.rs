@@ -30,10 +30,10 @@ mod zip;
 
 pub use error::CheckpointError;
 pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module};
-#[cfg(feature = "train")]
-pub(crate) use path::{ModulePath, follow_path};
 pub use manifest::{Manifest, ManifestDifference, ManifestProgress, ManifestTensor};
 pub use names::WeightNames;
+#[cfg(feature = "train")]
+pub(crate) use path::{ModulePath, follow_path};
 pub use report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
 pub use write::write_safetensors;
 

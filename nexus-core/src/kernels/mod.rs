@@ -1,20 +1,24 @@
 //! Fast CPU versions of the blocks in [`crate::nn`]: slices of the flex backend's tensors -> slices.
 //!
 //! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). The plain burn
-//! formulation in `nn` is the default on every other backend, on autodiff devices and for dtypes that a kernel does not
-//! take, and it is the oracle of the kernel's test. `unsafe` code of this crate lives here (and in the memory map),
+//! formulation in `nn` is the default on every other backend and for dtypes that a kernel does not take, and it is the
+//! oracle of the kernel's test. On the autodiff device, f32 tensors go through `tracked` (feature `train`). `unsafe` code of this crate lives here (and in the memory map),
 //! each block with the condition that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
 mod attention;
 mod conv;
 mod elementwise;
+#[cfg(feature = "train")]
+mod gemm;
 mod level;
 mod linear;
 mod norm;
 mod rotary;
 mod rows;
 mod simd;
+#[cfg(feature = "train")]
+mod tracked;
 mod view;
 
 pub(crate) use attention::attention;

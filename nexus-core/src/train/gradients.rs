@@ -58,9 +58,9 @@ impl GradientSum {
         let mut total = 0.0;
         for (name, gradient) in &self.by_name {
             let data = (gradient.clone() * gradient.clone()).sum().try_into_data();
-            let square = data.map_err(|error| format!("{error:?}")).and_then(|data| {
-                data.try_to_vec_as::<f32>().map_err(|error| error.to_string())
-            });
+            let square = data
+                .map_err(|error| format!("{error:?}"))
+                .and_then(|data| data.try_to_vec_as::<f32>().map_err(|error| error.to_string()));
             let read = |reason| TrainStateError::Read { parameter: name.clone(), reason };
             let square: f64 = square.map_err(read)?.into_iter().map(f64::from).sum();
             if !square.is_finite() {

@@ -187,7 +187,8 @@ mod tests {
                 let gradient = f64::from(gradient[i]);
                 first[i] = 0.8 * first[i] + 0.2 * gradient;
                 second[i] = 0.95 * second[i] + 0.05 * gradient * gradient;
-                let (m, v) = (first[i] / (1.0 - 0.8f64.powi(step as i32)), second[i] / (1.0 - 0.95f64.powi(step as i32)));
+                let (m, v) =
+                    (first[i] / (1.0 - 0.8f64.powi(step as i32)), second[i] / (1.0 - 0.95f64.powi(step as i32)));
                 expected[i] = expected[i] * (1.0 - 0.01 * 0.1) - 0.01 * m / (v.sqrt() + 1e-3);
             }
             let expected: Vec<f32> = expected.iter().map(|&value| value as f32).collect();
