@@ -2,10 +2,13 @@
 //!
 //! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). The plain burn
 //! formulation in `nn` is the default on every other backend and for dtypes that a kernel does not take, and it is the
-//! oracle of the kernel's test. On the autodiff device, f32 tensors go through `tracked` (feature `train`). `unsafe` code of this crate lives here (and in the memory map),
-//! each block with the condition that it relies on.
+//! oracle of the kernel's test. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives
+//! the kernels their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with
+//! the condition that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
+#[cfg(feature = "train")]
+mod adamw;
 mod attention;
 mod conv;
 mod elementwise;
@@ -21,6 +24,8 @@ mod simd;
 mod tracked;
 mod view;
 
+#[cfg(feature = "train")]
+pub(crate) use adamw::{AdamWStep, adamw};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};
