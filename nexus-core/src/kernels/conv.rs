@@ -47,6 +47,10 @@ struct Geometry {
 /// - `x`: `[batch, in, height, width]`
 /// - returns: `[batch, out, ..]`, sides `(side + padding - kernel) / stride + 1`
 pub(crate) fn conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(x) {
+        return super::tracked::conv2d(x, filter);
+    }
     conv2d_at(Level::detect(), x, filter)
 }
 
@@ -56,6 +60,10 @@ pub(crate) fn conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
 /// - `x`: `[batch, in, height, width]`
 /// - returns: `[batch, out, 2 * height, 2 * width]`
 pub(crate) fn upsample_conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(x) {
+        return super::tracked::upsample_conv2d(x, filter);
+    }
     upsample_conv2d_at(Level::detect(), x, filter)
 }
 

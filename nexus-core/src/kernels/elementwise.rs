@@ -38,6 +38,10 @@ macro_rules! choose {
 
 /// `activation(x)`.
 pub(crate) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::activate(activation, x);
+    }
     let level = Level::detect();
     map_rows(x, |_, values| activate_slice(level, activation, values))
 }
@@ -48,6 +52,10 @@ pub(crate) fn activate_times<const D: usize>(
     x: Tensor<D>,
     y: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::activate_times(activation, x, y);
+    }
     let width = x.dims()[D - 1];
     let Some(rows) = Rows::of(&y).filter(|_| x.dims() == y.dims()) else { return Err((x, y)) };
     let level = Level::detect();
@@ -65,6 +73,10 @@ pub(crate) fn activate_times<const D: usize>(
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
 pub(crate) fn gated_residual(x: &Tensor<3>, gate: &Tensor<3>, y: Tensor<3>) -> Result<Tensor<3>, Tensor<3>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&y) {
+        return super::tracked::gated_residual(x, gate, y);
+    }
     let [batch, tokens, width] = y.dims();
     let fits = x.dims() == y.dims() && gate.dims() == [batch, 1, width];
     let (Some(x), Some(gate)) = (Rows::of(x).filter(|_| fits), Rows::of(gate)) else { return Err(y) };
@@ -127,20 +139,20 @@ pub(super) fn silu(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn quick_gelu(x: f32) -> f32 {
+pub(super) fn quick_gelu(x: f32) -> f32 {
     x / (1.0 + exp(-1.702 * x))
 }
 
 /// `0.5 (1 + tanh u) = 1 / (1 + exp(-2u))`.
 #[inline(always)]
-fn gelu_tanh(x: f32) -> f32 {
+pub(super) fn gelu_tanh(x: f32) -> f32 {
     const MINUS_TWO_SQRT_2_OVER_PI: f32 = -1.595_769;
     let inner = (x + x * x * x * 0.044_715) * MINUS_TWO_SQRT_2_OVER_PI;
     x / (exp(inner) + 1.0)
 }
 
 #[inline(always)]
-fn gelu(x: f32) -> f32 {
+pub(super) fn gelu(x: f32) -> f32 {
     x * normal(x)
 }
 
@@ -149,7 +161,7 @@ fn gelu(x: f32) -> f32 {
 /// It is `1/2 + x q(x²)` around zero and `exp(-z²/2) t p(t)` with `t = 1 / (1 + z/4)` at `z = -x` from 1 on; `q` and
 /// `p` are fitted at Chebyshev nodes, `p` up to 14.5, where the exponential has vanished.
 #[inline(always)]
-fn normal(x: f32) -> f32 {
+pub(super) fn normal(x: f32) -> f32 {
     const Q: [f32; 6] = [-7.660_538e-6, 0.000_113_502_3, -0.001_186_344, 0.009_973_328, -0.066_490_36, 0.398_942_3];
     const P: [f32; 8] = [
         -0.046_874_255,
@@ -173,7 +185,7 @@ fn normal(x: f32) -> f32 {
 ///
 /// `e^x = 2^n e^r` with `|r| <= ln 2 / 2`, and `e^r = 1 + r + r² p(r)`; `p` is fitted at Chebyshev nodes to `2e-10`.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     const P: [f32; 6] = [0.000_198_909_91, 0.001_393_365, 0.008_333_311, 0.041_666_465, 0.166_666_67, 0.5];
     /// Adding it rounds to a whole number, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;

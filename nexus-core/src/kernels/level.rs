@@ -14,6 +14,20 @@ pub(crate) enum Level {
 impl Level {
     /// The highest level of this CPU.
     pub(crate) fn detect() -> Self {
+        #[cfg(test)]
+        if let Some(level) = FORCED.get() {
+            return level;
+        }
+        Self::detect_cpu()
+    }
+
+    /// What [`Level::detect`] gives from now on in this thread; a level of [`Level::available`].
+    #[cfg(test)]
+    pub(crate) fn force(level: Self) {
+        FORCED.set(Some(level));
+    }
+
+    pub(crate) fn detect_cpu() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
@@ -31,8 +45,13 @@ impl Level {
     /// Every level that this CPU can run, for tests.
     #[cfg(test)]
     pub(crate) fn available() -> impl Iterator<Item = Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect())
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect_cpu())
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    static FORCED: std::cell::Cell<Option<Level>> = const { std::cell::Cell::new(None) };
 }
 
 /// Compiles a function once per level and calls the version for the level given first.

@@ -40,6 +40,10 @@ const DOT_TASK_OUTPUTS: usize = 32;
 /// - `bias`: `[out]`
 /// - returns: `[.., out]`
 pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Option<Tensor<D>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(x) {
+        return super::tracked::linear(x, weight, bias);
+    }
     let [outputs, inputs] = weight.dims();
     let mut shape = x.dims();
     assert_eq!(shape[D - 1], inputs, "width of the input of a linear layer");

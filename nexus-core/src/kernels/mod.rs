@@ -1,22 +1,31 @@
 //! Fast CPU versions of the blocks in [`crate::nn`]: slices of the flex backend's tensors -> slices.
 //!
 //! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). The plain burn
-//! formulation in `nn` is the default on every other backend, on autodiff devices and for dtypes that a kernel does not
-//! take, and it is the oracle of the kernel's test. `unsafe` code of this crate lives here (and in the memory map),
-//! each block with the condition that it relies on.
+//! formulation in `nn` is the default on every other backend and for dtypes that a kernel does not take, and it is the
+//! oracle of the kernel's test. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives
+//! the kernels their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with
+//! the condition that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
+#[cfg(feature = "train")]
+mod adamw;
 mod attention;
 mod conv;
 mod elementwise;
+#[cfg(feature = "train")]
+mod gemm;
 mod level;
 mod linear;
 mod norm;
 mod rotary;
 mod rows;
 mod simd;
+#[cfg(feature = "train")]
+mod tracked;
 mod view;
 
+#[cfg(feature = "train")]
+pub(crate) use adamw::{AdamWStep, adamw};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};

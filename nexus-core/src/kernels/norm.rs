@@ -18,6 +18,10 @@ const BLOCK: usize = 4096;
 
 /// `weight * (x * rsqrt(mean x² + eps))` over the last dimension.
 pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: &Tensor<1>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::rms_norm(x, weight, epsilon);
+    }
     let Some(weight) = values_of(weight, x.dims()[D - 1]) else { return Err(x) };
     let level = Level::detect();
     map_rows(x, |_, values| rms_norm_rows(level, values, &weight, epsilon))
@@ -40,6 +44,10 @@ fn rms_norm_rows(level: Level, values: &mut [f32], weight: &[f32], epsilon: f64)
 
 /// `(x - mean) / sqrt(variance + eps)` over the last dimension.
 pub(crate) fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::layer_norm(x, epsilon);
+    }
     let (level, width) = (Level::detect(), x.dims()[D - 1]);
     map_rows(x, |_, values| {
         for row in values.chunks_exact_mut(width) {
@@ -55,6 +63,10 @@ pub(crate) fn affine_layer_norm<const D: usize>(
     bias: &Tensor<1>,
     epsilon: f64,
 ) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::affine_layer_norm(x, weight, bias, epsilon);
+    }
     let width = x.dims()[D - 1];
     let (Some(weight), Some(bias)) = (values_of(weight, width), values_of(bias, width)) else { return Err(x) };
     let level = Level::detect();
@@ -76,6 +88,10 @@ pub(crate) fn modulated_layer_norm(
     scale: &Tensor<3>,
     epsilon: f64,
 ) -> Result<Tensor<3>, Tensor<3>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::modulated_layer_norm(x, shift, scale, epsilon);
+    }
     let [batch, tokens, width] = x.dims();
     let fits = [shift.dims(), scale.dims()] == [[batch, 1, width]; 2];
     let (Some(shift), Some(scale)) = (Rows::of(shift).filter(|_| fits), Rows::of(scale)) else { return Err(x) };
@@ -125,6 +141,10 @@ pub(crate) struct GroupNormOptions {
 
 /// Group normalisation of a picture of features `[batch, channels, height, width]`.
 pub(crate) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Result<Tensor<4>, Tensor<4>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::group_norm(x, options);
+    }
     let GroupNormOptions { weight, bias, num_groups, epsilon, silu } = options;
     let [_, channels, height, width] = x.dims();
     let (Some(weight), Some(bias)) = (values_of(weight, channels), values_of(bias, channels)) else { return Err(x) };
@@ -145,7 +165,7 @@ pub(crate) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Result<Ten
 }
 
 /// Mean and reciprocal standard deviation of every group of `size` values.
-fn group_statistics(level: Level, view: View, size: usize, epsilon: f64) -> Option<Vec<(f32, f32)>> {
+pub(super) fn group_statistics(level: Level, view: View, size: usize, epsilon: f64) -> Option<Vec<(f32, f32)>> {
     let view = view.into_contiguous();
     let statistics = |group: &[f32]| {
         let (mut count, mut mean, mut squares) = (0.0, 0.0, 0.0);
@@ -205,7 +225,7 @@ fn values_of(weight: &Tensor<1>, count: usize) -> Option<Vec<f32>> {
 
 /// The mean of some values, and the sum of the squares of their differences to it.
 #[inline(always)]
-fn mean_and_squares(values: &[f32]) -> (f32, f32) {
+pub(super) fn mean_and_squares(values: &[f32]) -> (f32, f32) {
     let count = values.len() as f32;
     let rough = sum(values, |x| x) / count;
     // What rounding took from the mean shows in the differences.
@@ -214,7 +234,7 @@ fn mean_and_squares(values: &[f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+pub(super) fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let chunks = values.chunks_exact(LANES);
     let rest = chunks.remainder();

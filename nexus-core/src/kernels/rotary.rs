@@ -24,6 +24,10 @@ pub(crate) enum Pairs {
 /// - `cos`, `sin`: `[1 or batch, tokens, head_dim / 2]`
 /// - returns: as `x`
 pub(crate) fn rotate(x: Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pairs) -> Result<Tensor<4>, Tensor<4>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(&x) {
+        return super::tracked::rotate(x, cos, sin, pairs);
+    }
     let [batch, tokens, heads, head_dim] = x.dims();
     let [tables, table_tokens, table_width] = cos.dims();
     let fits = head_dim.is_multiple_of(2)

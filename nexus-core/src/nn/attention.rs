@@ -46,7 +46,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_
 }
 
 /// [`attention`] by burn's own, on repeated heads.
-fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
+pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
     let [batch, queries, heads, head_dim] = q.dims();
     let k = repeat_heads(k, heads).swap_dims(1, 2);
     let v = repeat_heads(v, heads).swap_dims(1, 2);

@@ -15,9 +15,9 @@ mod norm;
 mod rotary;
 
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
-#[cfg(all(test, feature = "flex"))]
-pub(crate) use attention::tests::naive as naive_attention;
 pub use attention::{Attention, Visibility, attention};
+#[cfg(all(test, feature = "flex"))]
+pub(crate) use attention::{plain as plain_attention, tests::naive as naive_attention};
 pub use conv::{Conv2d, Conv2dConfig, upsample_conv, upsample_nearest_2x};
 pub use decoder_layer::{DecoderLayer, DecoderLayerConfig, SelfAttention};
 pub use embedding::Embedding;
@@ -26,6 +26,8 @@ pub use key_value::KeyValue;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
 pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
+#[cfg(all(test, feature = "flex", feature = "train"))]
+pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};
 
 use burn::{
     module::{Initializer, Param},

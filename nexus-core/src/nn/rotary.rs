@@ -76,7 +76,7 @@ pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     plain_rotate_half(x, table)
 }
 
-fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+pub(crate) fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     let [_, _, _, head_dim] = x.dims();
     let dtype = x.dtype();
     let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
@@ -104,7 +104,7 @@ pub fn rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     plain_rotate_interleaved(x, table)
 }
 
-fn plain_rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+pub(crate) fn plain_rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
     let [batch, tokens, heads, head_dim] = x.dims();
     let dtype = x.dtype();
     let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };

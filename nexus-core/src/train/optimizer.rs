@@ -59,6 +59,29 @@ impl Optimizer {
         module.map(&mut Stepper { optimizer: self, names, gradients, lr, path: ModulePath::default() })
     }
 
+    /// One parameter's step: in one pass over all values on the CPU, by burn elsewhere.
+    fn update(
+        &self,
+        lr: f64,
+        value: Tensor<1>,
+        gradient: Tensor<1>,
+        state: Option<AdamWState<1>>,
+    ) -> (Tensor<1>, Option<AdamWState<1>>) {
+        #[cfg(feature = "flex")]
+        if crate::kernels::AdamWStep::takes(&value, &gradient) {
+            let AdamWOptions { betas, eps, weight_decay } = self.options;
+            let (time, moments) = match state {
+                Some(AdamWState { momentum }) => (momentum.time + 1, [momentum.moment_1, momentum.moment_2]),
+                None => (1, [value.zeros_like(), value.zeros_like()]),
+            };
+            let step = crate::kernels::AdamWStep { lr, betas, eps, weight_decay, time };
+            let (value, [moment_1, moment_2]) = crate::kernels::adamw(value, &gradient, moments, &step);
+            let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
+            return (value, Some(AdamWState { momentum }));
+        }
+        self.adamw.step(lr, value, gradient, state)
+    }
+
     /// The moments as tensors, to be saved.
     ///
     /// # Errors
@@ -132,7 +155,7 @@ impl ModuleMapper for Stepper<'_> {
         let strategy = value.gradient_checkpointing_strategy();
         let flat = value.inner().reshape([gradient.dims()[0]]);
         let state = self.optimizer.states.remove(&name);
-        let (flat, state) = self.optimizer.adamw.step(self.lr, flat, gradient, state);
+        let (flat, state) = self.optimizer.update(self.lr, flat, gradient, state);
         if let Some(state) = state {
             self.optimizer.states.insert(name, state);
         }
@@ -195,6 +218,28 @@ mod tests {
             assert_close(&layer.weight.val().inner(), &expected, 1e-6);
         }
         assert!(layer.weight.val().is_require_grad());
+    }
+
+    #[test]
+    #[cfg(feature = "flex")]
+    fn the_kernel_gives_the_values_of_burn() {
+        let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-6, weight_decay: 0.05 };
+        let optimizer = Optimizer::new(options);
+        for count in [1, 17, 70_001] {
+            let value: Tensor<1> = ramp([count], 1);
+            let (mut fast, mut plain) = ((value.clone(), None), (value, None));
+            for step in 1..=4 {
+                let gradient: Tensor<1> = ramp([count], 10 + step) * 0.3;
+                fast = optimizer.update(0.02, fast.0, gradient.clone(), fast.1);
+                plain = optimizer.adamw.step(0.02, plain.0, gradient, plain.1);
+                assert_close(&fast.0, &values(plain.0.clone()), 1e-6);
+                let moments = |state: &Option<AdamWState<1>>| {
+                    let momentum = &state.as_ref().unwrap().momentum;
+                    (momentum.time, values(momentum.moment_1.clone()), values(momentum.moment_2.clone()))
+                };
+                assert_eq!(moments(&fast.1), moments(&plain.1));
+            }
+        }
     }
 
     #[test]

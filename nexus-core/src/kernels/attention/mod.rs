@@ -32,6 +32,10 @@ const MIN_TASK_ROWS: usize = 48;
 /// # Shapes
 /// As [`crate::nn::attention`]
 pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &Attention<'_>) -> Option<Tensor<3>> {
+    #[cfg(feature = "train")]
+    if super::tracked::is_autodiff(q) {
+        return super::tracked::attention(q, k, v, options);
+    }
     attention_at(Level::detect(), q, k, v, options)
 }
 
@@ -82,13 +86,13 @@ fn attention_at(
 }
 
 /// A tensor whose last dimension lies in one piece.
-struct Rowwise {
+pub(super) struct Rowwise {
     view: View,
     dims: [usize; 4],
 }
 
 impl Rowwise {
-    fn of(tensor: &Tensor<4>) -> Option<Self> {
+    pub(super) fn of(tensor: &Tensor<4>) -> Option<Self> {
         let view = View::f32(tensor)?;
         let strides = view.strides();
         let in_place = strides[3] == 1 && strides.iter().all(|&stride| stride >= 0);
@@ -96,7 +100,7 @@ impl Rowwise {
         Some(Self { view, dims: tensor.dims() })
     }
 
-    fn rows(&self) -> Strided<'_> {
+    pub(super) fn rows(&self) -> Strided<'_> {
         let strides = self.view.strides();
         Strided {
             values: self.view.values(),
@@ -108,15 +112,15 @@ impl Rowwise {
 
 /// Rows of a tensor of four dimensions.
 #[derive(Clone, Copy)]
-struct Strided<'a> {
+pub(super) struct Strided<'a> {
     values: &'a [f32],
-    dims: [usize; 4],
+    pub(super) dims: [usize; 4],
     strides: [usize; 3],
 }
 
 impl<'a> Strided<'a> {
     #[inline(always)]
-    fn row(&self, index: [usize; 3]) -> &'a [f32] {
+    pub(super) fn row(&self, index: [usize; 3]) -> &'a [f32] {
         let start: usize = index.iter().zip(self.strides).map(|(index, stride)| index * stride).sum();
         &self.values[start..start + self.dims[3]]
     }

@@ -1,0 +1,256 @@
+//! Kernels on the autodiff device: tracked tensors -> the kernel's result, recorded with its backward pass.
+//!
+//! Tensors are taken apart into plain ones, the plain kernels run on those, and the result becomes a node of the graph
+//! with a function from its gradient to the gradients of its parents. Gradients of parents that nobody tracks are not
+//! computed. What a kernel does not take is left to burn's own operations, which are differentiable everywhere.
+
+mod attention;
+mod conv;
+mod elementwise;
+mod linear;
+mod norm;
+mod sums;
+
+use std::{fmt, sync::Arc};
+
+use burn::{
+    backend::{
+        Autodiff, DispatchDevice, Flex,
+        autodiff::{
+            checkpoint::{base::Checkpointer, strategy::NoCheckpointing},
+            grads::Gradients,
+            ops::{Backward, NodeGuard, Ops, OpsKind},
+        },
+    },
+    tensor::{DType, Tensor},
+};
+use burn_flex::FlexTensor;
+
+pub(super) use attention::attention;
+pub(super) use conv::{conv2d, upsample_conv2d};
+pub(super) use elementwise::{activate, activate_times, gated_residual, rotate};
+pub(super) use linear::linear;
+pub(super) use norm::{affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
+
+/// Whether a tensor is on the autodiff device.
+pub(super) fn is_autodiff<const D: usize>(tensor: &Tensor<D>) -> bool {
+    matches!(tensor.device().as_dispatch(), DispatchDevice::Autodiff(_))
+}
+
+/// An f32 tensor of the autodiff device, taken apart.
+struct Operand<const D: usize> {
+    /// Its values, on the plain device.
+    value: Tensor<D>,
+    guard: NodeGuard,
+    tracked: bool,
+}
+
+impl<const D: usize> Operand<D> {
+    /// `None` for other dtypes, devices, and graphs that checkpoint.
+    fn of(tensor: &Tensor<D>) -> Option<Self> {
+        if tensor.dtype() != DType::F32 || !is_autodiff(tensor) {
+            return None;
+        }
+        let tensor = tensor.clone().try_into_primitive::<Autodiff<Flex>>().ok()?;
+        let tracked = tensor.is_tracked();
+        let (value, guard) = tensor.into_parts();
+        Some(Self { value: Tensor::from_primitive::<Flex>(value), guard, tracked })
+    }
+}
+
+/// A gradient of any rank.
+type Gradient = FlexTensor;
+
+fn gradient<const D: usize>(tensor: Tensor<D>) -> Gradient {
+    let Ok(primitive) = tensor.try_into_primitive::<Flex>() else { unreachable!("a gradient is a plain tensor") };
+    primitive
+}
+
+/// What [`record`] keeps: the gradient of the result and whose gradients are wanted -> those gradients.
+type Function<const N: usize> = dyn Fn(Gradient, [bool; N]) -> [Option<Gradient>; N] + Send + Sync;
+
+/// A backward function that the graph can hold.
+struct Kept<const N: usize>(Arc<Function<N>>);
+
+impl<const N: usize> Clone for Kept<N> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<const N: usize> fmt::Debug for Kept<N> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "backward function of {N} parents")
+    }
+}
+
+/// A node of the graph whose backward pass is its state.
+#[derive(Debug)]
+struct Node;
+
+impl<const N: usize> Backward<Flex, N> for Node {
+    type State = Kept<N>;
+
+    fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let upstream = gradients.consume::<Flex>(&ops.node);
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        for (parent, gradient) in ops.parents.into_iter().zip((ops.state.0)(upstream, wanted)) {
+            if let (Some(parent), Some(gradient)) = (parent, gradient) {
+                gradients.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+/// Puts a result on the autodiff device: as a node if a parent is tracked, else as a constant.
+fn record<const N: usize, const D: usize>(
+    parents: [(NodeGuard, bool); N],
+    result: Tensor<D>,
+    backward: impl Fn(Tensor<D>, [bool; N]) -> [Option<Gradient>; N] + Send + Sync + 'static,
+) -> Tensor<D> {
+    if parents.iter().all(|(_, tracked)| !tracked) {
+        return Tensor::from_inner(result);
+    }
+    let function = move |upstream, wanted| backward(Tensor::from_primitive::<Flex>(upstream), wanted);
+    let prepared = Backward::<Flex, N>::prepare::<NoCheckpointing>(Node, parents.map(|(guard, _)| guard));
+    let result = gradient(result);
+    let node = match prepared.compute_bound().stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(Kept(Arc::new(function)), result),
+        OpsKind::UnTracked(prepared) => prepared.finish(result),
+    };
+    Tensor::from_primitive::<Autodiff<Flex>>(node)
+}
+
+/// The parents of a node as [`record`] takes them.
+macro_rules! parents {
+    ($($operand:ident),*) => { [$(($operand.guard, $operand.tracked)),*] };
+}
+use parents;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        kernels::Level,
+        testing::{cpu, ramp, relative_drift},
+    };
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_into_vec_as::<f32>().unwrap()
+    }
+
+    /// The result and the gradients of the inputs that are tracked.
+    fn run<const N: usize, const D: usize>(
+        inputs: &[Tensor<3>; N],
+        tracked: [bool; N],
+        function: &impl Fn([Tensor<3>; N]) -> Tensor<D>,
+    ) -> (Vec<f32>, Vec<Option<Vec<f32>>>) {
+        let mut index = 0;
+        let inputs = inputs.each_ref().map(|input| {
+            let input = Tensor::from_inner(input.clone());
+            index += 1;
+            if tracked[index - 1] { input.require_grad() } else { input }
+        });
+        let result = function(inputs.clone());
+        let weights = Tensor::from_inner(ramp(result.dims(), 77));
+        if tracked == [false; N] {
+            return (values(result.inner()), vec![]);
+        }
+        let mut gradients = (result.clone() * weights).sum().backward();
+        let gradient = |(input, tracked): (&Tensor<3>, bool)| match tracked {
+            true => input.grad_remove(&mut gradients).map(values),
+            false => None,
+        };
+        (values(result.inner()), inputs.iter().zip(tracked).map(gradient).collect())
+    }
+
+    /// Compares a kernel on the autodiff device with the plain formulation and with finite differences.
+    ///
+    /// All inputs are tracked, then all but one, then none, at every level; a second run has the same bits.
+    pub(super) fn check<const N: usize, const D: usize>(
+        shapes: [[usize; 3]; N],
+        fast: impl Fn([Tensor<3>; N]) -> Tensor<D>,
+        plain: impl Fn([Tensor<3>; N]) -> Tensor<D>,
+    ) {
+        let mut seed = 0;
+        let inputs = shapes.map(|shape| {
+            seed += 1;
+            ramp(shape, seed) + 0.05
+        });
+        let (expected, expected_gradients) = run(&inputs, [true; N], &plain);
+        for level in Level::available() {
+            Level::force(level);
+            for frozen in 0..N + 2 {
+                let tracked = std::array::from_fn(|i| i != frozen && frozen != N + 1);
+                let (result, gradients) = run(&inputs, tracked, &fast);
+                let what = format!("{level:?}, {shapes:?}, tracked {tracked:?}");
+                assert!(relative_drift(&result, &expected) < 5e-6, "{what}: result");
+                for (i, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate() {
+                    assert_eq!(gradient.is_some(), tracked[i], "{what}: input {i}");
+                    if let (Some(gradient), Some(expected)) = (gradient, expected) {
+                        let drift = scaled_drift(gradient, expected);
+                        assert!(drift < 2e-5, "{what}: drift {drift:e} of the gradient of input {i}");
+                    }
+                }
+                assert_eq!((result, gradients), run(&inputs, tracked, &fast), "{what}: a second run");
+            }
+            Level::force(Level::detect_cpu());
+        }
+        differences(&inputs, &fast, &expected_gradients);
+    }
+
+    /// A drift relative to the largest value, or to one thousandth where all values are rounding.
+    fn scaled_drift(actual: &[f32], expected: &[f32]) -> f32 {
+        let largest = expected.iter().fold(1e-30f32, |largest, value| largest.max(value.abs()));
+        relative_drift(actual, expected) * (largest / largest.max(0.05))
+    }
+
+    /// Central finite differences at some of the elements of every input.
+    fn differences<const N: usize, const D: usize>(
+        inputs: &[Tensor<3>; N],
+        function: &impl Fn([Tensor<3>; N]) -> Tensor<D>,
+        expected: &[Option<Vec<f32>>],
+    ) {
+        const STEP: f32 = 4e-3;
+        let loss = |inputs: &[Tensor<3>; N]| {
+            let result = function(inputs.each_ref().map(|input| Tensor::from_inner(input.clone()))).inner();
+            let weights = values(ramp(result.dims(), 77));
+            values(result).into_iter().zip(weights).map(|(y, w)| f64::from(y) * f64::from(w)).sum::<f64>()
+        };
+        for (i, expected) in expected.iter().enumerate() {
+            let expected = expected.as_ref().unwrap();
+            let largest = expected.iter().fold(0.1f32, |largest, value| largest.max(value.abs()));
+            for at in (0..expected.len()).step_by(expected.len() / 3 + 1) {
+                let moved = |step: f32| {
+                    let mut inputs = inputs.clone();
+                    let shape = inputs[i].dims();
+                    let mut data = values(inputs[i].clone());
+                    data[at] += step;
+                    inputs[i] = Tensor::from_data(burn::tensor::TensorData::new(data, shape), &cpu());
+                    loss(&inputs)
+                };
+                let difference = (moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP);
+                let error = (difference - f64::from(expected[at])).abs() / f64::from(largest);
+                assert!(error < 2e-2, "input {i}, element {at}: {difference}, not {}", expected[at]);
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_of_one_tensor_in_two_places_are_added() {
+        let x: Tensor<2> = Tensor::from_inner(ramp([3, 4], 1)).require_grad();
+        let weight: Tensor<2> = Tensor::from_inner(ramp([4, 4], 2));
+        let y = linear(&x, &weight, None).unwrap() + linear(&x, &weight, None).unwrap();
+        let twice = x.grad(&y.sum().backward()).unwrap();
+        let once = x.grad(&linear(&x, &weight, None).unwrap().sum().backward()).unwrap();
+        assert_eq!(values(twice), values(once * 2.0));
+    }
+
+    #[test]
+    fn other_tensors_are_left_to_the_plain_formulation() {
+        let weight: Tensor<2> = ramp([4, 4], 2);
+        assert!(linear(&weight, &weight, None).is_none());
+        let half = Tensor::<2>::from_inner(weight.clone()).cast(DType::BF16).require_grad();
+        assert!(linear(&half, &half, None).is_none());
+    }
+}
