@@ -15,9 +15,11 @@ mod norm;
 mod rotary;
 
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
-pub use attention::{Attention, Visibility, attention};
+#[cfg(all(test, feature = "flex", feature = "train"))]
+pub(crate) use attention::plain as plain_attention;
 #[cfg(all(test, feature = "flex"))]
-pub(crate) use attention::{plain as plain_attention, tests::naive as naive_attention};
+pub(crate) use attention::tests::naive as naive_attention;
+pub use attention::{Attention, Visibility, attention};
 pub use conv::{Conv2d, Conv2dConfig, upsample_conv, upsample_nearest_2x};
 pub use decoder_layer::{DecoderLayer, DecoderLayerConfig, SelfAttention};
 pub use embedding::Embedding;

@@ -159,8 +159,8 @@ enum Turned {
     Right,
 }
 
-/// A product of matrices: by our own tiles where all sides are whole vectors and the weights stay in the cache, which
-/// is where the backend's packing costs most, else by the backend.
+/// A product of matrices: by our own tiles where its columns are whole vectors and the weights stay in the cache, else
+/// by the backend.
 fn multiply(left: &Tensor<2>, right: &Tensor<2>, turned: Turned) -> Tensor<2> {
     let ([rows, columns], [right_rows, right_columns]) = (left.dims(), right.dims());
     let (m, k) = if turned == Turned::Left { (columns, rows) } else { (rows, columns) };
