@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use nexus::{Image, TextOptions};
+use nexus::Image;
 
 /// Answers a question about one or several pictures.
 #[derive(Parser)]
@@ -29,6 +29,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let images = args.input_image.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
     let mut nexus = args.model.load()?;
+    let mut options = nexus.default_options().text.clone();
+    options.max_pixels = args.max_pixels.unwrap_or(options.max_pixels);
     let reply = nexus.with_progress(cli::progress()).understand(&images, &args.instruction, &options)?;
     println!("{reply}");
     Ok(())

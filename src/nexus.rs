@@ -121,7 +121,7 @@ impl Loader {
         let config = ArConfig::read(files.config())?;
         check_tokenizer(&processor, &config)?;
         let generation_config = GenerationConfig::read(files.generation_config())?;
-        let default_options = match read_json(&files.default_options()) {
+        let default_options = match read_json(files.default_options()) {
             Err(ConfigError::Missing { .. }) => ChatOptions::default(),
             read => read?,
         };

@@ -104,7 +104,9 @@ impl Report {
         let write = |name: &str, text: &[u8]| {
             let path = dir.join(name);
             let beside = dir.join(format!("{name}.unfinished"));
-            fs::write(&beside, text).and_then(|()| fs::rename(&beside, &path)).with_context(|| path.display().to_string())
+            fs::write(&beside, text)
+                .and_then(|()| fs::rename(&beside, &path))
+                .with_context(|| path.display().to_string())
         };
         write("report.json", &serde_json::to_vec_pretty(self)?)?;
         write("report.md", table.as_bytes())

@@ -340,6 +340,7 @@ pub(crate) mod tests {
     #[test]
     fn bad_samples_are_refused() {
         type Change = fn(&mut TrainingSample);
+        type Expected = fn(&ArError) -> bool;
         let refused = |change: Change| {
             let mut sample = editing();
             change(&mut sample);
@@ -348,7 +349,7 @@ pub(crate) mod tests {
                 other => panic!("{other}"),
             }
         };
-        let cases: [(Change, fn(&ArError) -> bool); 12] = [
+        let cases: [(Change, Expected); 12] = [
             (|s| s.labels.truncate(95), |e| matches!(e, ArError::LabelCount { labels: 95, tokens: 96 })),
             (|s| s.labels.fill(None), |e| matches!(e, ArError::NoLabels)),
             (|s| s.labels[11] = Some(5), |e| matches!(e, ArError::Label { index: 11, label: 5, id: 4 })),

@@ -274,7 +274,7 @@ mod tests {
     fn conversations_without_an_answer_are_refused() {
         let (question, answer) = (Message::text("q"), Message::assistant().with_text("a"));
         assert!(matches!(input(&[]), Err(DataError::EmptyPrompt)));
-        assert!(matches!(input(&[question.clone()]), Err(DataError::AnswerMissing)));
+        assert!(matches!(input(std::slice::from_ref(&question)), Err(DataError::AnswerMissing)));
         let result = input(&[question.clone(), answer.clone(), question.clone()]);
         assert!(matches!(result, Err(DataError::AnswerNotLast)));
         for empty in [Message::assistant(), Message::assistant().with_text(" \n")] {

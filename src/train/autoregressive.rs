@@ -108,12 +108,7 @@ impl LanguageTask {
     }
 
     /// Embeddings of many images in one pass, with what is needed to look at their pixels again.
-    fn encode(
-        &self,
-        module: &LanguageModule,
-        patches: Vec<Patches>,
-        dtype: FloatDType,
-    ) -> Result<Encoded, TrainError> {
+    fn encode(&self, module: &LanguageModule, patches: Vec<Patches>, dtype: FloatDType) -> Result<Encoded, TrainError> {
         let grids: Vec<GridThw> = patches.iter().map(|patches| patches.grid).collect();
         if grids.is_empty() {
             return Ok(Encoded { embeds: vec![], all: None, grids });

@@ -30,7 +30,8 @@ pub(super) fn draw(dir: &RunDir) -> Result<(), TrainError> {
     let last = points().map(|point| point.0).fold(1.0, f64::max);
     let low = points().map(|point| point.1).fold(f64::INFINITY, f64::min);
     let high = points().map(|point| point.1).fold(0.0, f64::max);
-    if !(low < high) {
+    // A single point, or none, spans no axis.
+    if low >= high {
         return Ok(());
     }
     let mut svg = String::new();

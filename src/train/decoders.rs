@@ -255,11 +255,9 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         }
         let predicted = ar.predict_answers(&TrainingBatch::new(samples, ar.config())?, FloatDType::F32)?;
         let grid = embeds.grid;
-        let rows = (0..embeds.values.dims()[0]).map(|index| {
-            match chosen.iter().position(|&at| at == index) {
-                Some(at) => predicted[last_answer[at]].clone(),
-                None => embeds.values.clone().narrow(0, index, 1),
-            }
+        let rows = (0..embeds.values.dims()[0]).map(|index| match chosen.iter().position(|&at| at == index) {
+            Some(at) => predicted[last_answer[at]].clone(),
+            None => embeds.values.clone().narrow(0, index, 1),
         });
         Ok(ImageEmbeds::new(Tensor::cat(rows.collect(), 0), grid)?)
     }
@@ -300,7 +298,8 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         let noise = tensor(noise.collect(), [count, channels, height, width], &self.device);
         let timesteps = numbers.iter().map(|&number| Draws::new(seed, "timestep", number).below(1000));
         let timestep_indices: Vec<usize> = timesteps.collect();
-        let dropped = |number| f64::from(Draws::new(seed, "condition", number).unit()) < stage.decoder.condition_dropout;
+        let dropped =
+            |number| f64::from(Draws::new(seed, "condition", number).unit()) < stage.decoder.condition_dropout;
         let kept: Vec<f32> = numbers.iter().map(|&number| if dropped(number) { 0.0 } else { 1.0 }).collect();
         let kept: Tensor<3> = tensor(kept, [count, 1, 1], &self.device);
         let tracked = |embeds: ImageEmbeds| {

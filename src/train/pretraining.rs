@@ -88,10 +88,8 @@ impl Task for AutoencoderTask {
         let pictures = tensor(pictures, [count, 3, side, side], &self.device).cast(dtype);
         let noise = tensor(noise, [count, self.config.z_channels, size.height, size.width], &self.device).cast(dtype);
         self.latest = Some(pictures.clone().inner());
-        let objective = AutoencoderObjective {
-            gradient_weight: stage.loss.gradient_weight,
-            kl_weight: stage.loss.kl_weight,
-        };
+        let objective =
+            AutoencoderObjective { gradient_weight: stage.loss.gradient_weight, kl_weight: stage.loss.kl_weight };
         let AutoencoderLoss { total, reconstruction, gradient, kl } = objective.loss(module, pictures, noise);
         Ok(Some(Losses { total, parts: vec![("reconstruction", reconstruction), ("gradient", gradient), ("kl", kl)] }))
     }
@@ -128,7 +126,8 @@ pub(super) fn images(messages: &[Message]) -> Vec<Image> {
 
 /// The last image that the model is to draw, and the last one before it.
 pub(super) fn answer_and_source(messages: &[Message]) -> Option<(Image, Option<Image>)> {
-    let answer = messages.iter().rposition(|message| message.role == Role::Assistant && message.images().count() > 0)?;
+    let answer =
+        messages.iter().rposition(|message| message.role == Role::Assistant && message.images().count() > 0)?;
     let image = messages[answer].images().last()?.clone();
     Some((image, images(&messages[..answer]).pop()))
 }

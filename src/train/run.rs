@@ -185,7 +185,7 @@ impl RunDir {
 fn latest(checkpoints: &Path) -> Result<Option<(PathBuf, RunState)>, TrainError> {
     let newest = list(checkpoints)?.into_iter().filter(|path| step_of(path).is_some()).max();
     let Some(path) = newest else { return Ok(None) };
-    let state = nexus_core::config::read_json(&path.join(STATE))?;
+    let state = nexus_core::config::read_json(path.join(STATE))?;
     Ok(Some((path, state)))
 }
 

@@ -27,7 +27,8 @@ pub fn fill_text_encoders(model: impl AsRef<Path>, seed: u64, device: &Device) -
     let files = ModelFiles::find(model)?;
     let weights = InitialWeights { seed, gain: 1.0, zero: Vec::new() };
     let missing = |dir: &Path| {
-        let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| dir.join(name).exists());
+        let has_weights =
+            ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| dir.join(name).exists());
         dir.join("config.json").is_file() && !has_weights
     };
     if let Ok(dir) = files.text_encoder()

@@ -68,7 +68,8 @@ pub(super) fn free_scene(count: usize, allowed: Pairs, draws: &mut Draws) -> Sce
         objects[0] = Object { size: Size::Large, texture: Texture::Solid, ..objects[0] };
         objects[1] = Object { size: Size::Small, texture: Texture::Solid, place, ..objects[1] };
         if objects[0].colour == objects[1].colour {
-            objects[1].place = *Place::ALL.iter().find(|place| objects.iter().all(|o| o.place != **place)).unwrap_or(&place);
+            objects[1].place =
+                *Place::ALL.iter().find(|place| objects.iter().all(|o| o.place != **place)).unwrap_or(&place);
         }
     }
     let (background, style) = surroundings(draws);
@@ -170,7 +171,8 @@ fn position(scene: &mut Scene, allowed: Pairs, language: Language, draws: &mut D
                 ("to the left of", "左侧", [3, 5]),
                 ("to the right of", "右侧", [5, 3]),
             ]);
-            scene.objects = objects.iter().zip(places).map(|(object, place)| Object { place: Place(place), ..*object }).collect();
+            scene.objects =
+                objects.iter().zip(places).map(|(object, place)| Object { place: Place(place), ..*object }).collect();
             let [first, second] = [0, 1].map(|i| one(&scene.objects[i], Detail::Unusual, language));
             either(language, format!("{first} {english} {second}"), format!("{second}，它的{chinese}有{first}"))
         }

@@ -24,27 +24,63 @@ const RECOLOUR: Forms = [
     ["把{}变成{to}。", "将{}的颜色改为{to}。", "把{}涂成{to}。", "让{}变为{to}。", "请把{}改成{to}。"],
 ];
 const RESHAPE: Forms = [
-    ["Turn {} into a {to}.", "Replace {} by a {to}.", "Change {} to a {to}.", "Make a {to} of {}.", "Transform {} into a {to}."],
+    [
+        "Turn {} into a {to}.",
+        "Replace {} by a {to}.",
+        "Change {} to a {to}.",
+        "Make a {to} of {}.",
+        "Transform {} into a {to}.",
+    ],
     ["把{}换成{to}。", "将{}替换为{to}。", "把{}变形为{to}。", "让{}变成一个{to}。", "请把{}改为{to}形状。"],
 ];
 const RESIZE: Forms = [
-    ["Make {} {to}.", "Change the size of {} to {to}.", "Resize {} to {to}.", "{} should be {to}.", "Let {} become {to}."],
+    [
+        "Make {} {to}.",
+        "Change the size of {} to {to}.",
+        "Resize {} to {to}.",
+        "{} should be {to}.",
+        "Let {} become {to}.",
+    ],
     ["把{}变{to}。", "将{}的大小改为{to}。", "调整{}为{to}。", "{}应该是{to}。", "让{}变{to}。"],
 ];
 const BACKGROUND: Forms = [
-    ["Change the background to {to}.", "Make the background {to}.", "Use a {to} background.", "Put everything on a {to} background.", "Turn the background {to}."],
+    [
+        "Change the background to {to}.",
+        "Make the background {to}.",
+        "Use a {to} background.",
+        "Put everything on a {to} background.",
+        "Turn the background {to}.",
+    ],
     ["把背景改成{to}。", "将背景变为{to}。", "使用{to}背景。", "换成{to}背景。", "让背景变成{to}。"],
 ];
 const MOVE: Forms = [
-    ["Move {} to the {to}.", "Shift {} to the {to}.", "Bring {} to the {to}.", "Relocate {} to the {to}.", "Let {} go to the {to}."],
+    [
+        "Move {} to the {to}.",
+        "Shift {} to the {to}.",
+        "Bring {} to the {to}.",
+        "Relocate {} to the {to}.",
+        "Let {} go to the {to}.",
+    ],
     ["把{}移到{to}。", "将{}移动到{to}。", "把{}放到{to}。", "让{}到{to}去。", "请把{}挪到{to}。"],
 ];
 const OUTLINE: Forms = [
-    ["Give everything a dark outline.", "Draw it in outlined style.", "Add dark outlines.", "Change to outlined style.", "Outline all shapes."],
+    [
+        "Give everything a dark outline.",
+        "Draw it in outlined style.",
+        "Add dark outlines.",
+        "Change to outlined style.",
+        "Outline all shapes.",
+    ],
     ["给所有图形加上深色轮廓。", "画成描边风格。", "加上深色轮廓。", "改为描边风格。", "给全部图形描边。"],
 ];
 const FLATTEN: Forms = [
-    ["Remove the outlines.", "Draw it in flat style.", "Take the dark outlines away.", "Change to flat style.", "No outlines, please."],
+    [
+        "Remove the outlines.",
+        "Draw it in flat style.",
+        "Take the dark outlines away.",
+        "Change to flat style.",
+        "No outlines, please.",
+    ],
     ["去掉轮廓。", "画成平面风格。", "把深色轮廓去掉。", "改为平面风格。", "请不要轮廓。"],
 ];
 
@@ -62,10 +98,18 @@ pub(super) fn scene(allowed: Pairs, draws: &mut Draws) -> Scene {
     Scene { background, style, objects }.sorted()
 }
 
+/// A change of a scene.
+pub(super) struct Change {
+    /// Kind of the change; another one than was wanted if the scene cannot be changed in that way.
+    pub(super) kind: Kind,
+    pub(super) instruction: String,
+    pub(super) after: Scene,
+}
+
 /// An instruction of a kind and the scene after it.
 ///
 /// Nothing of the result is held out but what was before.
-pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut Draws) -> (String, Scene) {
+pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut Draws) -> Change {
     let mut after = before.clone();
     let form = |forms: &Forms, draws: &mut Draws| -> &'static str { draws.one(&forms[at(language)]) };
     let named = unique(&before.objects, |object| (object.colour, object.shape));
@@ -83,7 +127,8 @@ pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut
         let mut letters = text.chars();
         letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect::<String>())
     };
-    let text = match kind {
+    let kind = if kind == Kind::Remove && before.objects.len() == 1 { Kind::Recolour } else { kind };
+    let instruction = match kind {
         Kind::Add => {
             let pair = pairs(8, Pairs::Seen, draws).into_iter().find(|&(colour, shape)| !others(colour, shape));
             let mut added = usual(pair.unwrap_or((Colour::Red, Shape::Circle)));
@@ -94,12 +139,13 @@ pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut
             after.objects.push(added);
             filled(form(&ADD, draws), &one(&added, Detail::Unusual, language), &in_place(added.place, language))
         }
-        Kind::Remove if before.objects.len() > 1 => {
+        Kind::Remove => {
             after.objects.remove(index);
             filled(form(&REMOVE, draws), &what, "")
         }
-        Kind::Recolour | Kind::Remove => {
-            let colours: Vec<Colour> = Colour::ALL.into_iter().filter(|&colour| allowed(colour, object.shape)).collect();
+        Kind::Recolour => {
+            let colours: Vec<Colour> =
+                Colour::ALL.into_iter().filter(|&colour| allowed(colour, object.shape)).collect();
             after.objects[index].colour = draws.one(&colours);
             filled(form(&RECOLOUR, draws), &what, after.objects[index].colour.name(language))
         }
@@ -131,10 +177,11 @@ pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut
             form(forms, draws).to_string()
         }
         _ => {
-            let others: Vec<Background> = Background::ALL.into_iter().filter(|other| *other != before.background).collect();
+            let others: Vec<Background> =
+                Background::ALL.into_iter().filter(|other| *other != before.background).collect();
             after.background = draws.one(&others);
             filled(form(&BACKGROUND, draws), "", after.background.name(language))
         }
     };
-    (text, after.sorted())
+    Change { kind, instruction, after: after.sorted() }
 }

@@ -144,9 +144,8 @@ mod tests {
     use crate::world::{Colour, Shape, Size, Texture};
 
     fn scene() -> Scene {
-        let object = |shape, colour, size, place| {
-            Object { shape, colour, size, texture: Texture::Solid, place: Place(place) }
-        };
+        let object =
+            |shape, colour, size, place| Object { shape, colour, size, texture: Texture::Solid, place: Place(place) };
         Scene {
             background: Background::White,
             style: Style::Flat,
@@ -161,11 +160,12 @@ mod tests {
     fn every_kind_of_mistake_is_found() {
         let truth = scene();
         assert!(judge(&truth.render(), &truth).correct);
-        let wrong: [(&str, fn(&mut Scene)); 7] = [
+        type Mistake = (&'static str, fn(&mut Scene));
+        let wrong: [Mistake; 7] = [
             ("colour", |scene| scene.objects[0].colour = Colour::Orange),
             ("shape", |scene| scene.objects[1].shape = Shape::Circle),
             ("size", |scene| scene.objects[1].size = Size::Large),
-            ("missing", |scene| drop(scene.objects.remove(0))),
+            ("missing", |scene| scene.objects.truncate(1)),
             ("swapped", |scene| (scene.objects[0].place, scene.objects[1].place) = (Place(5), Place(0))),
             ("background", |scene| scene.background = Background::Pink),
             ("style", |scene| scene.style = Style::Outlined),

@@ -28,6 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use self::compose::Pairs;
 use self::draws::Draws;
+use self::edits::Change;
+use self::questions::Asked;
 use self::scene::either;
 use crate::{Image, Language, Message, edit_prompt, generation_prompt};
 
@@ -157,7 +159,7 @@ impl World {
     /// One of its samples.
     pub fn sample(&self, task: Task, split: Split, index: u64) -> Sample {
         let mut draws = Draws::new(self.seed, 16 * (task as u64 + 1) + split as u64, index);
-        let kind = draws.one(task.kinds());
+        let mut kind = draws.one(task.kinds());
         let language = if draws.percent(CHINESE_PERCENT) { Language::Chinese } else { Language::English };
         let pairs = match split {
             Split::Train => Pairs::Seen,
@@ -165,7 +167,7 @@ impl World {
         };
         let mut conversation = Conversation::default();
         let prompt = match (task, kind) {
-            (Task::Understanding, _) => conversation.question(kind, language, pairs, &mut draws),
+            (Task::Understanding, _) => conversation.question(&mut kind, language, pairs, &mut draws),
             (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
             (Task::MultiTurn, Kind::GenerateThenUnderstand) => {
                 let drawn = draws.one(Task::Generation.kinds());
@@ -174,9 +176,11 @@ impl World {
                 prompt
             }
             _ => {
-                let first = if task == Task::Editing { kind } else { draws.one(Task::Editing.kinds()) };
-                let prompt = conversation.edit(first, language, pairs, &mut draws);
-                if task == Task::MultiTurn {
+                let mut first = if task == Task::Editing { kind } else { draws.one(Task::Editing.kinds()) };
+                let prompt = conversation.edit(&mut first, language, pairs, &mut draws);
+                if task == Task::Editing {
+                    kind = first;
+                } else {
                     conversation.edit_last(draws.one(Task::Editing.kinds()), language, &mut draws);
                 }
                 prompt
@@ -196,9 +200,10 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn question(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+    fn question(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
         let scene = questions::scene(pairs, draws);
-        let (question, answer) = questions::ask(kind, &scene, language, draws);
+        let Asked { kind: asked, question, answer } = questions::ask(*kind, &scene, language, draws);
+        *kind = asked;
         // Pictures of other sources are never quite clean.
         let noise = draws.percent(30).then(|| PixelNoise { amplitude: 6, seed: draws.below(1 << 30) as u64 });
         let image = scene.render_with(noise);
@@ -210,7 +215,7 @@ impl Conversation {
 
     fn question_about_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
         let Some(scene) = self.scenes.last() else { return };
-        let (question, answer) = questions::ask(kind, scene, language, draws);
+        let Asked { question, answer, .. } = questions::ask(kind, scene, language, draws);
         self.messages.push(Message::text(question));
         self.messages.push(Message::assistant().with_text(answer));
     }
@@ -224,9 +229,10 @@ impl Conversation {
         prompt
     }
 
-    fn edit(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+    fn edit(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
         let before = edits::scene(pairs, draws);
-        let (instruction, after) = edits::change(kind, &before, language, draws);
+        let Change { kind: changed, instruction, after } = edits::change(*kind, &before, language, draws);
+        *kind = changed;
         let asked = edit_prompt(&instruction).unwrap_or_else(|_| instruction.clone());
         self.messages.push(Message::user().with_text(asked).with_image(before.render()));
         self.scenes.push(before);
@@ -236,7 +242,7 @@ impl Conversation {
 
     fn edit_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
         let Some(before) = self.scenes.last() else { return };
-        let (instruction, after) = edits::change(kind, before, language, draws);
+        let Change { instruction, after, .. } = edits::change(kind, before, language, draws);
         self.messages.push(Message::text(instruction));
         self.answer(after, language);
     }

@@ -6,23 +6,13 @@ use crate::Language;
 
 /// Frames around what a picture shows; `{}` is the content.
 const FRAMES: [[&str; 7]; 2] = [
-    [
-        "{}",
-        "a picture of {}",
-        "draw {}",
-        "an image with {}",
-        "please paint {}",
-        "I would like to see {}",
-        "show me {}",
-    ],
+    ["{}", "a picture of {}", "draw {}", "an image with {}", "please paint {}", "I would like to see {}", "show me {}"],
     ["{}", "一张图片，上面有{}", "画{}", "请画{}", "我想看到{}", "一幅有{}的图", "给我看{}"],
 ];
 
 /// Ways to name a background after the content.
-const ON_BACKGROUND: [[&str; 3]; 2] = [
-    [" on a {} background", " with a {} background", ", {} background"],
-    ["，{}背景", "，背景是{}", "，在{}背景上"],
-];
+const ON_BACKGROUND: [[&str; 3]; 2] =
+    [[" on a {} background", " with a {} background", ", {} background"], ["，{}背景", "，背景是{}", "，在{}背景上"]];
 
 /// Ways to ask for outlines after the content.
 const OUTLINED: [[&str; 3]; 2] = [

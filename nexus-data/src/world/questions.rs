@@ -9,15 +9,33 @@ use crate::Language;
 
 /// Questions of one kind; `{}` is what is asked about.
 const DESCRIBE: [[&str; 5]; 2] = [
-    ["Describe the image.", "What do you see?", "What is in the picture?", "Please describe this picture.", "What does the image show?"],
+    [
+        "Describe the image.",
+        "What do you see?",
+        "What is in the picture?",
+        "Please describe this picture.",
+        "What does the image show?",
+    ],
     ["描述这张图片。", "你看到了什么？", "图片里有什么？", "请描述这幅图。", "这张图显示了什么？"],
 ];
 const COUNT: [[&str; 5]; 2] = [
-    ["How many {} are there?", "Count the {}.", "How many {} do you see?", "What is the number of {}?", "How many {} does the picture show?"],
+    [
+        "How many {} are there?",
+        "Count the {}.",
+        "How many {} do you see?",
+        "What is the number of {}?",
+        "How many {} does the picture show?",
+    ],
     ["有几个{}？", "数一数{}。", "你看到几个{}？", "{}的数量是多少？", "图里有多少个{}？"],
 ];
 const COLOUR: [[&str; 5]; 2] = [
-    ["What colour is {}?", "Which colour does {} have?", "What is the colour of {}?", "Tell me the colour of {}.", "{} is of which colour?"],
+    [
+        "What colour is {}?",
+        "Which colour does {} have?",
+        "What is the colour of {}?",
+        "Tell me the colour of {}.",
+        "{} is of which colour?",
+    ],
     ["{}是什么颜色？", "{}的颜色是什么？", "告诉我{}的颜色。", "请问{}是哪种颜色？", "{}有什么颜色？"],
 ];
 const WHERE: [[&str; 5]; 2] = [
@@ -25,19 +43,49 @@ const WHERE: [[&str; 5]; 2] = [
     ["{}在哪里？", "{}在什么位置？", "你在哪里看到{}？", "告诉我{}的位置。", "请问{}在哪儿？"],
 ];
 const PRESENCE: [[&str; 5]; 2] = [
-    ["Is there any {}?", "Is any {} in the image?", "Do you see any {}?", "Does the picture show any {}?", "Can any {} be seen?"],
+    [
+        "Is there any {}?",
+        "Is any {} in the image?",
+        "Do you see any {}?",
+        "Does the picture show any {}?",
+        "Can any {} be seen?",
+    ],
     ["有{}吗？", "图里有{}吗？", "你看到{}吗？", "图片显示{}吗？", "能看到{}吗？"],
 ];
 const LARGER: [[&str; 5]; 2] = [
-    ["Is {a} larger than {b}?", "Is {a} bigger than {b}?", "Compared with {b}, is {a} larger?", "Does {a} look larger than {b}?", "Is {a} the larger one, compared with {b}?"],
+    [
+        "Is {a} larger than {b}?",
+        "Is {a} bigger than {b}?",
+        "Compared with {b}, is {a} larger?",
+        "Does {a} look larger than {b}?",
+        "Is {a} the larger one, compared with {b}?",
+    ],
     ["{a}比{b}大吗？", "{a}是不是比{b}大？", "和{b}相比，{a}更大吗？", "{a}看起来比{b}大吗？", "比起{b}，{a}更大吗？"],
 ];
 const FURTHER_LEFT: [[&str; 5]; 2] = [
-    ["Is {a} further left than {b}?", "Is {a} to the left of {b}?", "Does {a} stand left of {b}?", "Compared with {b}, is {a} further left?", "Is {a} on the left side of {b}?"],
-    ["{a}在{b}左侧吗？", "{a}比{b}更靠左吗？", "{a}是不是在{b}左侧？", "和{b}相比，{a}更靠左吗？", "比起{b}，{a}更靠左吗？"],
+    [
+        "Is {a} further left than {b}?",
+        "Is {a} to the left of {b}?",
+        "Does {a} stand left of {b}?",
+        "Compared with {b}, is {a} further left?",
+        "Is {a} on the left side of {b}?",
+    ],
+    [
+        "{a}在{b}左侧吗？",
+        "{a}比{b}更靠左吗？",
+        "{a}是不是在{b}左侧？",
+        "和{b}相比，{a}更靠左吗？",
+        "比起{b}，{a}更靠左吗？",
+    ],
 ];
 const MORE: [[&str; 5]; 2] = [
-    ["Are there more {a} than {b}?", "Do you see more {a} than {b}?", "Does the picture show more {a} than {b}?", "Is the number of {a} larger than that of {b}?", "Compared with {b}, are there more {a}?"],
+    [
+        "Are there more {a} than {b}?",
+        "Do you see more {a} than {b}?",
+        "Does the picture show more {a} than {b}?",
+        "Is the number of {a} larger than that of {b}?",
+        "Compared with {b}, are there more {a}?",
+    ],
     ["{a}比{b}多吗？", "{a}是不是比{b}多？", "图里{a}比{b}多吗？", "{a}的数量比{b}大吗？", "和{b}相比，{a}更多吗？"],
 ];
 
@@ -60,12 +108,20 @@ pub(super) fn scene(allowed: Pairs, draws: &mut Draws) -> Scene {
     scene
 }
 
+/// A question with its one right answer.
+pub(super) struct Asked {
+    /// Kind of the question; another one than was wanted if the scene has nothing to ask of that kind.
+    pub(super) kind: Kind,
+    pub(super) question: String,
+    pub(super) answer: String,
+}
+
 /// A question of a kind about a scene, and its answer.
-pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Draws) -> (String, String) {
+pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Draws) -> Asked {
     let form = |forms: &[[&'static str; 5]; 2], draws: &mut Draws| -> &'static str { draws.one(&forms[at(language)]) };
     let truth = |is: bool| either(language, if is { "yes" } else { "no" }, if is { "是" } else { "否" }).to_string();
     let objects = &scene.objects;
-    match kind {
+    let (question, answer) = match kind {
         Kind::Describe => (form(&DESCRIBE, draws).to_string(), description(scene, language)),
         Kind::Count => {
             let any = draws.one(objects);
@@ -75,7 +131,11 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
                 0 => (either(language, "shapes", "图形").to_string(), objects.len()),
                 1 => (kind_of(shape, language).to_string(), objects.iter().filter(|o| o.shape == shape).count()),
                 _ => {
-                    let what = either(language, format!("{} shapes", colour.name(language)), format!("{}图形", colour.name(language)));
+                    let what = either(
+                        language,
+                        format!("{} shapes", colour.name(language)),
+                        format!("{}图形", colour.name(language)),
+                    );
                     (what, objects.iter().filter(|o| o.colour == colour).count())
                 }
             };
@@ -86,10 +146,10 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
                 let what = the(object.shape.name(language), language);
                 (capital(&form(&COLOUR, draws).replace("{}", &what)), object.colour.name(language).to_string())
             }
-            None => ask(Kind::Presence, scene, language, draws),
+            None => return ask(Kind::Presence, scene, language, draws),
         },
         Kind::Where => match unique(objects, |object| (object.colour, object.shape)).as_slice() {
-            [] => ask(Kind::Count, scene, language, draws),
+            [] => return ask(Kind::Count, scene, language, draws),
             found => {
                 let object = draws.one(found);
                 let what = the(&noun(&object, Detail::Name, language), language);
@@ -113,7 +173,8 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
             let what = noun(&asked, Detail::Name, language);
             (form(&PRESENCE, draws).replace("{}", &what), truth(is))
         }
-    }
+    };
+    Asked { kind, question, answer }
 }
 
 fn compare(scene: &Scene, language: Language, draws: &mut Draws) -> (String, String) {

@@ -4,8 +4,8 @@
 //! relative positions alone, and the generation decoder gives its condition tokens no positions at all, so a patch of
 //! plain background could not say where it lies; light that depends on the place lets every patch say so.
 
-use super::scene::{Object, Scene, Shape, Size, Style, Texture};
 use super::draws::Draws;
+use super::scene::{Object, Scene, Shape, Size, Style, Texture};
 use crate::Image;
 
 /// Side of a picture, in pixels.
@@ -39,7 +39,7 @@ impl Scene {
     pub fn render_with(&self, noise: Option<PixelNoise>) -> Image {
         let mut levels = self.levels();
         if let Some(PixelNoise { amplitude, seed }) = noise {
-            let mut draws = Draws::new(seed, 0x6e6f_6973_65, 0);
+            let mut draws = Draws::new(seed, 0x006e_6f69_7365, 0);
             for level in &mut levels {
                 *level += draws.below(2 * usize::from(amplitude) + 1) as f32 - f32::from(amplitude);
             }

@@ -126,16 +126,8 @@ impl Shape {
 
 impl Colour {
     /// All colours.
-    pub const ALL: [Self; 8] = [
-        Self::Red,
-        Self::Green,
-        Self::Blue,
-        Self::Yellow,
-        Self::Purple,
-        Self::Cyan,
-        Self::Orange,
-        Self::Black,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Red, Self::Green, Self::Blue, Self::Yellow, Self::Purple, Self::Cyan, Self::Orange, Self::Black];
 
     /// The word.
     pub fn name(self, language: Language) -> &'static str {
@@ -205,8 +197,7 @@ impl Background {
 
 impl Place {
     /// All places in reading order.
-    pub const ALL: [Self; 9] =
-        [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6), Self(7), Self(8)];
+    pub const ALL: [Self; 9] = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6), Self(7), Self(8)];
 
     /// The words.
     pub fn name(self, language: Language) -> &'static str {
