@@ -249,7 +249,7 @@ fn bad_samples_are_set_aside_until_the_limit() {
 #[test]
 fn wrong_recipes_are_refused() {
     for (pointer, value, expected) in [
-        ("/stages/0/name", json!(7), "name"),
+        ("/stages/0/name", json!(7), "expected a string"),
         ("/stages/0/learning_rate", json!(-1.0), "learning_rate"),
         ("/stages/0/data", json!([]), "data"),
         ("/stages/0/warmup_steps", json!(9), "warmup_steps"),

@@ -111,8 +111,8 @@ fn main() -> Result<()> {
         println!("{name}: {:.3} of {}", score.overall(), score.count());
         contact_sheet::write(&args.out, &name, &entries)?;
         report.add(name, score);
+        report.write(&args.out)?;
     }
-    report.write(&args.out)?;
     println!("report: {}", args.out.join("report.md").display());
     Ok(())
 }

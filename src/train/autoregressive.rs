@@ -10,7 +10,7 @@ use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
     GridThw, ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
-    train::{Draws, initialize},
+    train::{Draws, InitialWeights, initialize},
 };
 use nexus_data::{Image, Patches, ProcessOptions, Processor, TrainingInput};
 use nexus_vision_encoder::{AppearanceHead, AppearanceInput, AppearanceObjective, VisionConfig, VisionEncoder};
@@ -52,6 +52,9 @@ const NAMES: WeightNames = WeightNames {
     unused: &[],
 };
 
+/// Names of the head alone, as in [`NAMES`].
+const HEAD_NAMES: WeightNames = WeightNames { prefix: "appearance_head.", renames: &[], unused: &[] };
+
 impl LanguageTask {
     pub(crate) fn open(
         recipe: &Recipe,
@@ -86,7 +89,8 @@ impl LanguageTask {
                     true => Some(VisionEncoder::load(&checkpoint, &vision_config, &tracked, &options)?),
                     false => None,
                 };
-                let appearance_head = trains_encoder.then(|| head(config.hidden_size));
+                let fresh = InitialWeights { seed: recipe.seed, gain: 1.0, zero: vec![] };
+                let appearance_head = trains_encoder.then(|| initialize(head(config.hidden_size), &HEAD_NAMES, &fresh));
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
                 (LanguageModule { ar, visual, appearance_head }, encoder)
             }

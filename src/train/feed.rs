@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use nexus_data::{
     Message, MessagesFile, Mixture, RejectedSamples,
-    world::{Split, Task, World},
+    world::{Kind, Split, Task, World},
 };
 
 use super::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
@@ -17,7 +17,7 @@ pub(crate) struct Feed {
 }
 
 enum OpenSource {
-    World { world: World, task: Task },
+    World { world: World, task: Task, kinds: Vec<Kind> },
     Messages(MessagesFile),
 }
 
@@ -30,7 +30,9 @@ impl Feed {
         rejected: u64,
     ) -> Result<Self, TrainError> {
         let sources = stage.data.iter().map(|data| match &data.source {
-            Source::World { seed, task } => Ok(OpenSource::World { world: World::new(*seed), task: *task }),
+            Source::World { seed, task, kinds } => {
+                Ok(OpenSource::World { world: World::new(*seed), task: *task, kinds: kinds.clone() })
+            }
             Source::Messages { path } => Ok(OpenSource::Messages(MessagesFile::open(path)?)),
         });
         let sources: Vec<OpenSource> = sources.collect::<Result<_, TrainError>>()?;
@@ -45,8 +47,8 @@ impl Feed {
     pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Vec<Message>>, TrainError> {
         let pick = self.mixture.pick(number);
         let failed = match &self.sources[pick.source] {
-            OpenSource::World { world, task } => {
-                return Ok(Some(world.sample(*task, Split::Train, pick.index).messages));
+            OpenSource::World { world, task, kinds } => {
+                return Ok(Some(world.sample_of(*task, kinds, Split::Train, pick.index).messages));
             }
             OpenSource::Messages(file) => match file.get(pick.index) {
                 Ok(messages) => return Ok(Some(messages)),

@@ -146,6 +146,9 @@ pub enum Source {
         seed: u64,
         /// What the samples ask for.
         task: world::Task,
+        /// Kinds of samples within the task; all if empty.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        kinds: Vec<world::Kind>,
     },
     /// A JSON-lines file of conversations; a relative path is looked for beside the recipe.
     Messages {
@@ -299,6 +302,13 @@ impl StageRecipe {
         let wrong = |field, reason: String| Err(ConfigError::incoherent(field, reason));
         if self.data.iter().any(|data| !(data.weight.is_finite() && data.weight > 0.0)) {
             return wrong("weight", "every source needs a positive share".to_string());
+        }
+        for data in &self.data {
+            if let Source::World { task, kinds, .. } = &data.source
+                && let Some(kind) = kinds.iter().find(|kind| !task.kinds().contains(kind))
+            {
+                return wrong("kinds", format!("{kind:?} is none of {task:?}: {:?}", task.kinds()));
+            }
         }
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return wrong("learning_rate", format!("{} must be positive", self.learning_rate));

@@ -158,8 +158,15 @@ impl World {
 
     /// One of its samples.
     pub fn sample(&self, task: Task, split: Split, index: u64) -> Sample {
+        self.sample_of(task, task.kinds(), split, index)
+    }
+
+    /// One of its samples, of one of these kinds of the task; of any kind if there are none.
+    ///
+    /// A scene that has nothing to ask or to change in the wanted way gives a sample of another kind.
+    pub fn sample_of(&self, task: Task, kinds: &[Kind], split: Split, index: u64) -> Sample {
         let mut draws = Draws::new(self.seed, 16 * (task as u64 + 1) + split as u64, index);
-        let mut kind = draws.one(task.kinds());
+        let mut kind = draws.one(if kinds.is_empty() { task.kinds() } else { kinds });
         let language = if draws.percent(CHINESE_PERCENT) { Language::Chinese } else { Language::English };
         let pairs = match split {
             Split::Train => Pairs::Seen,
