@@ -48,6 +48,7 @@ enum Asked {
     Generation,
     Editing,
     MultiTurn,
+    Reconstruction,
 }
 
 fn main() -> Result<()> {
@@ -63,6 +64,7 @@ fn main() -> Result<()> {
             Asked::Generation => Task::Generation,
             Asked::Editing => Task::Editing,
             Asked::MultiTurn => Task::MultiTurn,
+            Asked::Reconstruction => Task::Reconstruction,
         };
         for index in 0..args.count {
             let sample = world.sample(task, split, index);

@@ -256,6 +256,11 @@ fn wrong_recipes_are_refused() {
         ("/stages/0/decoder", json!({"picture_px": 33}), "picture_px"),
         ("/stages/0/decoder", json!({"size": 33}), "size"),
         ("/stages/0/ema_decay", json!(1.5), "ema_decay"),
+        (
+            "/stages/0/data",
+            json!([{"source": {"world": {"seed": 1, "task": "generation", "kinds": ["describe"]}}, "weight": 1.0}]),
+            "Describe is none of Generation",
+        ),
         ("/part", json!("tokenizer"), "tokenizer"),
     ] {
         let case = Case::new().set(pointer, value);

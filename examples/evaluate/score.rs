@@ -1,4 +1,5 @@
 //! Scores: right and wrong answers by group -> `report.json` and `report.md`.
+#![allow(dead_code, reason = "each example uses its part")]
 
 use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
 
@@ -60,6 +61,11 @@ impl Score {
 
     pub fn overall(&self) -> f64 {
         self.all.value()
+    }
+
+    /// Half the width of the 95 % interval of the overall share.
+    pub fn margin(&self) -> f64 {
+        self.all.margin()
     }
 }
 

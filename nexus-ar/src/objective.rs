@@ -81,6 +81,30 @@ impl ArObjective {
         let total = cross_entropy.clone() * self.token_weight + image.clone() * self.image_weight;
         Ok(ArLoss { total, cross_entropy, mse, cosine, image })
     }
+
+    /// What the model predicts for the answer images of a batch, as constants: each embedding from what stands before
+    /// it, which are prefill embeddings or, without `prefill`, the true ones.
+    ///
+    /// # Shapes
+    /// - returns: one `[1, 81, hidden]` for each answer image, in the order of the samples
+    ///
+    /// # Errors
+    /// As [`ArObjective::loss`].
+    pub fn predict_answers(
+        &self,
+        model: &ArModel,
+        batch: &TrainingBatch,
+        dtype: FloatDType,
+    ) -> Result<Vec<Tensor<3>>, ArError> {
+        let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
+        let [samples, tokens, width] = hidden.dims();
+        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
+        let predict = |rows: &[usize]| {
+            let rows = indices(rows.iter().map(|&row| row as i64).collect(), &hidden);
+            model.predict_embeds(hidden.clone().select(0, rows).unsqueeze()).detach()
+        };
+        Ok(batch.image_labels.chunks(NUM_IMAGE_TOKENS).map(predict).collect())
+    }
 }
 
 impl ArModel {
@@ -118,24 +142,6 @@ impl ArModel {
         let [_, hidden] = table.dims();
         let rows = indices(rows, &table);
         Ok(table.select(0, rows).reshape([batch.samples, batch.tokens, hidden]))
-    }
-
-    /// What the model predicts for the answer images of a batch, each from the text before it, as constants.
-    ///
-    /// # Shapes
-    /// - returns: one `[1, 81, hidden]` for each answer image, in the order of the samples
-    ///
-    /// # Errors
-    /// As [`ArModel::embed_batch`].
-    pub fn predict_answers(&self, batch: &TrainingBatch, dtype: FloatDType) -> Result<Vec<Tensor<3>>, ArError> {
-        let hidden = self.forward_batch(self.embed_batch(batch, true, dtype)?, batch);
-        let [samples, tokens, width] = hidden.dims();
-        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
-        let predict = |rows: &[usize]| {
-            let rows = indices(rows.iter().map(|&row| row as i64).collect(), &hidden);
-            self.predict_embeds(hidden.clone().select(0, rows).unsqueeze()).detach()
-        };
-        Ok(batch.image_labels.chunks(NUM_IMAGE_TOKENS).map(predict).collect())
     }
 
     /// Hidden states of a batch after the final norm, causal, without a cache.
@@ -283,6 +289,20 @@ mod tests {
             let batch = batch(vec![sample.clone()]);
             let gradients = objective.loss(&model(), &batch, FloatDType::F32).unwrap().total.backward();
             assert!(tracked.grad(&gradients).is_none());
+        }
+    }
+
+    #[test]
+    fn predictions_of_answers_are_what_the_loss_compares() {
+        let (model, batch) = (model(), batch(vec![words(), editing()]));
+        for prefill in [true, false] {
+            let objective = ArObjective { prefill, ..Default::default() };
+            let predicted = objective.predict_answers(&model, &batch, FloatDType::F32).unwrap();
+            assert_eq!(predicted.len(), 1);
+            let target = editing().targets[0].values.clone();
+            let mse = (predicted[0].clone().inner() - target).square().mean();
+            let loss = objective.loss(&model, &batch, FloatDType::F32).unwrap();
+            assert_close(&mse, &[value(&loss.mse)], 1e-6);
         }
     }
 

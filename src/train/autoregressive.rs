@@ -82,7 +82,7 @@ impl LanguageTask {
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
                 (initialize(module, &NAMES, weights), encoder)
             }
-            Initial::Checkpoint => {
+            Initial::Checkpoint | Initial::GenerationDecoder(_) => {
                 let checkpoint = files.open_language_model()?;
                 let ar = ArModel::load(&checkpoint, &config, &tracked, &options)?;
                 let visual = match trains_encoder {

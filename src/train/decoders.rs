@@ -1,15 +1,15 @@
 //! Training the decoders: pictures and their embeddings -> flow-matching losses.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
 use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use nexus_ar::{ArConfig, ArModel, TrainingBatch, TrainingSample};
+use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
     GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, save_module_as},
+    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, load_module, save_module_as},
     train::{Draws, initialize},
 };
 use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, clip_empty_ids, decoder_image};
@@ -55,6 +55,8 @@ pub(crate) trait TrainedDecoder: Module {
         size: LatentSize,
     ) -> Result<Conditioning, TrainError>;
     fn dit(&self) -> &Dit;
+    /// The decoder with another transformer.
+    fn with_dit(self, dit: Dit) -> Self;
 }
 
 impl TrainedDecoder for GenerationDecoder {
@@ -81,6 +83,10 @@ impl TrainedDecoder for GenerationDecoder {
 
     fn dit(&self) -> &Dit {
         &self.dit
+    }
+
+    fn with_dit(self, dit: Dit) -> Self {
+        Self { dit, ..self }
     }
 }
 
@@ -109,6 +115,10 @@ impl TrainedDecoder for EditingDecoder {
     fn dit(&self) -> &Dit {
         &self.dit
     }
+
+    fn with_dit(self, dit: Dit) -> Self {
+        Self { dit, ..self }
+    }
 }
 
 /// Training of one decoder; all other parts are frozen and on the plain device.
@@ -121,6 +131,8 @@ pub(crate) struct DecoderTask<D: TrainedDecoder> {
     pooled: Tensor<2>,
     flow: FlowMatching,
     device: Device,
+    /// Samples that will be seen again, and the seed of the stage that they belong to.
+    encoded: (u64, HashMap<u64, Encoded>),
     /// What the latest micro-batch was about, for the sheet of samples.
     latest: Option<Prepared>,
 }
@@ -134,13 +146,15 @@ struct Prepared {
     reference: Option<ImageEmbeds>,
 }
 
-/// One sample before it is encoded.
-struct Sample {
-    number: u64,
+/// What the frozen parts make of one sample, on the plain device.
+#[derive(Clone)]
+struct Encoded {
     messages: Vec<Message>,
-    pixels: Vec<f32>,
-    target: Patches,
-    reference: Option<Patches>,
+    latents: Tensor<4>,
+    embeds: ImageEmbeds,
+    /// The language model's prediction of `embeds`, once it was asked for.
+    predicted: Option<ImageEmbeds>,
+    reference: Option<ImageEmbeds>,
 }
 
 impl<D: TrainedDecoder> DecoderTask<D> {
@@ -171,95 +185,128 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         let module = D::new(&config, &tracked);
         let module = match &recipe.initial {
             Initial::Random(weights) => initialize(module, &D::NAMES, weights),
+            Initial::GenerationDecoder(weights) => {
+                let generation = GenerationDecoder::new(&config, &tracked);
+                let checkpoint = Checkpoint::open(files.generation_decoder()?)?;
+                let generation = load_module(generation, &checkpoint, &GENERATION_DECODER, &options)?;
+                initialize(module, &D::NAMES, weights).with_dit(generation.dit)
+            }
             Initial::Checkpoint => {
                 let checkpoint = Checkpoint::open(D::path(&files)?)?;
-                nexus_core::checkpoint::load_module(module, &checkpoint, &D::NAMES, &options)?
+                load_module(module, &checkpoint, &D::NAMES, &options)?
             }
         };
         let processor = Processor::open(&files.nexus)?;
         let flow = FlowMatching::new();
-        Ok(Self { module, processor, encoder, autoencoder, ar, pooled, flow, device: tracked, latest: None })
+        let encoded = (0, HashMap::new());
+        Ok(Self { module, processor, encoder, autoencoder, ar, pooled, flow, device: tracked, encoded, latest: None })
     }
 
-    /// Reads a sample, or says why it cannot be used.
-    fn read(&self, number: u64, messages: Vec<Message>, side: usize) -> Result<Sample, String> {
+    /// What the frozen parts make of a sample; the outer error is one of the run, the inner one of the sample.
+    fn encode(&self, messages: Vec<Message>, side: usize) -> Result<Result<Encoded, String>, TrainError> {
         let images = self.processor.image_processor();
-        let (answer, source) = answer_and_source(&messages).ok_or("no answer with an image")?;
-        let failed = |error: nexus_data::DataError| error.to_string();
-        let reference = match D::SEES_REFERENCE {
-            true => Some(images.reference_patches(&source.ok_or("no image to be edited")?).map_err(failed)?),
-            false => None,
+        let Some((answer, source)) = answer_and_source(&messages) else {
+            return Ok(Err("no answer with an image".to_string()));
         };
-        let target = images.target_patches(&answer).map_err(failed)?;
-        let pixels = decoder_image(&answer, side, side).map_err(failed)?;
-        Ok(Sample { number, messages, pixels, target, reference })
+        let read = || -> Result<_, nexus_data::DataError> {
+            let reference = source.as_ref().filter(|_| D::SEES_REFERENCE);
+            let reference = reference.map(|source| images.reference_patches(source)).transpose()?;
+            Ok((images.target_patches(&answer)?, decoder_image(&answer, side, side)?, reference))
+        };
+        let (target, pixels, reference) = match read() {
+            Ok(read) => read,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        if D::SEES_REFERENCE && reference.is_none() {
+            return Ok(Err("no image to be edited".to_string()));
+        }
+        let picture = tensor(pixels, [1, 3, side, side], &self.device.clone().inner());
+        Ok(Ok(Encoded {
+            messages,
+            latents: self.autoencoder.encode(picture, None),
+            embeds: self.embed(target)?,
+            predicted: None,
+            reference: reference.map(|patches| self.embed(patches)).transpose()?,
+        }))
     }
 
-    /// Embeddings of images of one size, on the plain device.
-    fn encode(&self, patches: Vec<Patches>) -> Result<ImageEmbeds, TrainError> {
-        let grids: Vec<GridThw> = patches.iter().map(|patches| patches.grid).collect();
-        let device = self.device.clone().inner();
-        let pixels = patches.into_iter().map(|patches| patches.into_tensor(&device)).collect();
-        let values = self.encoder.forward(Tensor::cat(pixels, 0), &grids);
-        let [_, tokens, hidden] = values.dims();
-        Ok(ImageEmbeds::new(values.reshape([grids.len(), tokens / grids.len(), hidden]), grids[0])?)
+    /// Embeddings of an image, on the plain device.
+    fn embed(&self, patches: Patches) -> Result<ImageEmbeds, TrainError> {
+        let grid = patches.grid;
+        let values = self.encoder.forward(patches.into_tensor(&self.device.clone().inner()), &[grid]);
+        Ok(ImageEmbeds::new(values, grid)?)
     }
 
-    fn prepare(&self, samples: Vec<Sample>, stage: &StageRecipe, seed: u64) -> Result<Prepared, TrainError> {
-        let side = stage.decoder.picture_px;
-        let device = self.device.clone().inner();
-        let numbers: Vec<u64> = samples.iter().map(|sample| sample.number).collect();
-        let (mut pixels, mut targets, mut references) = (Vec::new(), Vec::new(), Vec::new());
-        let mut conversations = Vec::new();
-        for sample in samples {
-            pixels.extend(sample.pixels);
-            targets.push(sample.target);
-            references.extend(sample.reference);
-            conversations.push(sample.messages);
-        }
-        let pictures = tensor(pixels, [numbers.len(), 3, side, side], &device);
-        let latents = self.autoencoder.encode(pictures, None);
-        let mut embeds = self.encode(targets)?;
-        if let Some(ar) = &self.ar {
-            let share = stage.decoder.predicted_embeds as f32;
-            let predicted = |number| Draws::new(seed, "predicted embeds", number).unit() < share;
-            let chosen: Vec<usize> = (0..numbers.len()).filter(|&i| predicted(numbers[i])).collect();
-            embeds = self.with_predictions(ar, embeds, &chosen, &conversations)?;
-        }
-        let reference = if references.is_empty() { None } else { Some(self.encode(references)?) };
-        Ok(Prepared { numbers, latents, embeds, reference })
+    /// What the language model predicts for the last picture that it is to draw.
+    fn predict(&self, ar: &ArModel, messages: &[Message]) -> Result<Option<ImageEmbeds>, TrainError> {
+        let input = self.processor.training_input(messages, &ProcessOptions::default())?;
+        let embed = |patches: Vec<Patches>| -> Result<Vec<ImageEmbeds>, TrainError> {
+            patches.into_iter().map(|patches| self.embed(patches)).collect()
+        };
+        // A batch checks that there is a target for each answer; the predictions do not depend on them.
+        let (inputs, targets) = (embed(input.input_images)?, embed(input.answer_images)?);
+        let grid = targets.last().map(|target| target.grid);
+        let sample = TrainingSample { token_ids: input.token_ids, labels: input.labels, inputs, targets };
+        let batch = TrainingBatch::new(vec![sample], ar.config())?;
+        let predicted = ArObjective::default().predict_answers(ar, &batch, FloatDType::F32)?;
+        let last = predicted.last().cloned().zip(grid);
+        Ok(last.map(|(values, grid)| ImageEmbeds::new(values, grid)).transpose()?)
     }
 
-    /// Puts the language model's predictions in the place of some true embeddings.
-    fn with_predictions(
-        &self,
-        ar: &ArModel,
-        embeds: ImageEmbeds,
-        chosen: &[usize],
-        conversations: &[Vec<Message>],
-    ) -> Result<ImageEmbeds, TrainError> {
-        if chosen.is_empty() {
-            return Ok(embeds);
+    /// One sample of a micro-batch; `None` if it cannot be used.
+    fn sample(&mut self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<Encoded>, TrainError> {
+        let MicroBatch { stage, seed, .. } = *batch;
+        let (side, distinct) = (stage.decoder.picture_px, stage.decoder.distinct_samples);
+        let source = distinct.map_or(number, |distinct| number % distinct);
+        if self.encoded.0 != seed {
+            self.encoded = (seed, HashMap::new());
         }
-        let (mut samples, mut last_answer) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
-        let mut answers = 0;
-        for &index in chosen {
-            let input = self.processor.training_input(&conversations[index], &ProcessOptions::default())?;
-            let encode = |patches: Vec<Patches>| {
-                patches.into_iter().map(|patches| self.encode(vec![patches])).collect::<Result<Vec<_>, _>>()
-            };
-            let (inputs, targets) = (encode(input.input_images)?, encode(input.answer_images)?);
-            answers += targets.len();
-            last_answer.push(answers - 1);
-            samples.push(TrainingSample { token_ids: input.token_ids, labels: input.labels, inputs, targets });
+        let mut encoded = match self.encoded.1.remove(&source) {
+            Some(known) => known,
+            None => {
+                let Some(messages) = batch.feed.conversation(source)? else { return Ok(None) };
+                match self.encode(messages, side)? {
+                    Ok(encoded) => encoded,
+                    Err(reason) => {
+                        batch.feed.reject(source, &reason)?;
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        let predicts = Draws::new(seed, "predicted embeds", number).unit() < stage.decoder.predicted_embeds as f32;
+        if let (Some(ar), true, None) = (&self.ar, predicts, &encoded.predicted) {
+            encoded.predicted = self.predict(ar, &encoded.messages)?;
         }
-        let predicted = ar.predict_answers(&TrainingBatch::new(samples, ar.config())?, FloatDType::F32)?;
-        let grid = embeds.grid;
-        let rows = (0..embeds.values.dims()[0]).map(|index| match chosen.iter().position(|&at| at == index) {
-            Some(at) => predicted[last_answer[at]].clone(),
-            None => embeds.values.clone().narrow(0, index, 1),
-        });
-        Ok(ImageEmbeds::new(Tensor::cat(rows.collect(), 0), grid)?)
+        if distinct.is_some() {
+            self.encoded.1.insert(source, encoded.clone());
+        }
+        if let Some(predicted) = encoded.predicted.take().filter(|_| predicts) {
+            encoded.embeds = predicted;
+        }
+        Ok(Some(encoded))
+    }
+
+    fn prepare(&mut self, mut batch: MicroBatch<'_>) -> Result<Option<Prepared>, TrainError> {
+        let (mut numbers, mut latents, mut embeds, mut references) = (vec![], vec![], vec![], vec![]);
+        let (mut grid, mut reference_grid) = (GridThw::GENERATED, GridThw::REFERENCE);
+        for number in batch.samples.clone() {
+            let Some(sample) = self.sample(&mut batch, number)? else { continue };
+            numbers.push(number);
+            latents.push(sample.latents);
+            grid = sample.embeds.grid;
+            embeds.push(sample.embeds.values);
+            if let Some(reference) = sample.reference {
+                reference_grid = reference.grid;
+                references.push(reference.values);
+            }
+        }
+        if numbers.is_empty() {
+            return Ok(None);
+        }
+        let join = |values: Vec<Tensor<3>>, grid| ImageEmbeds::new(Tensor::cat(values, 0), grid);
+        let reference = (!references.is_empty()).then(|| join(references, reference_grid)).transpose()?;
+        Ok(Some(Prepared { numbers, latents: Tensor::cat(latents, 0), embeds: join(embeds, grid)?, reference }))
     }
 }
 
@@ -275,20 +322,8 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
     }
 
     fn loss(&mut self, module: &D, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
-        let MicroBatch { stage, feed, seed, samples } = batch;
-        let side = stage.decoder.picture_px;
-        let mut read = Vec::new();
-        for number in samples {
-            let Some(messages) = feed.conversation(number)? else { continue };
-            match self.read(number, messages, side) {
-                Ok(sample) => read.push(sample),
-                Err(reason) => feed.reject(number, &reason)?,
-            }
-        }
-        if read.is_empty() {
-            return Ok(None);
-        }
-        let prepared = self.prepare(read, stage, seed)?;
+        let (stage, seed) = (batch.stage, batch.seed);
+        let Some(prepared) = self.prepare(batch)? else { return Ok(None) };
         self.latest = Some(prepared.clone());
         let Prepared { numbers, latents, embeds, reference } = prepared;
         let [count, channels, height, width] = latents.dims();

@@ -40,7 +40,7 @@ impl AutoencoderTask {
         let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
         let module = match &recipe.initial {
             Initial::Random(weights) => initialize(Autoencoder::new(&config, &device), &AUTOENCODER, weights),
-            Initial::Checkpoint => {
+            Initial::Checkpoint | Initial::GenerationDecoder(_) => {
                 Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, &device, &options)?
             }
         };

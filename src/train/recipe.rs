@@ -74,6 +74,8 @@ pub enum Initial {
     Checkpoint,
     /// Seeded random values; the directory needs only the configuration of this part.
     Random(InitialWeights),
+    /// For the editing decoder: the transformer of the generation decoder, and seeded random values for the merger.
+    GenerationDecoder(InitialWeights),
 }
 
 /// One stage of a recipe.
@@ -228,11 +230,21 @@ pub struct DecoderRecipe {
     pub condition_dropout: f64,
     /// Share of samples that are conditioned on the autoregressive model's prediction instead of the true embeddings.
     pub predicted_embeds: f64,
+    /// Number of samples that are encoded, kept in memory, and seen again and again with other noise; without it, every
+    /// sample is new.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distinct_samples: Option<u64>,
 }
 
 impl Default for DecoderRecipe {
     fn default() -> Self {
-        Self { picture_px: 512, embedded_guidance: 3.5, condition_dropout: 0.0, predicted_embeds: 0.0 }
+        Self {
+            picture_px: 512,
+            embedded_guidance: 3.5,
+            condition_dropout: 0.0,
+            predicted_embeds: 0.0,
+            distinct_samples: None,
+        }
     }
 }
 
@@ -268,6 +280,10 @@ impl Recipe {
         positive("keep_checkpoints", self.keep_checkpoints)?;
         positive("log_every", self.log_every)?;
         positive("sample_every", self.sample_every.unwrap_or(1))?;
+        if matches!(self.initial, Initial::GenerationDecoder(_)) && self.part != TrainedPart::EditingDecoder {
+            let reason = format!("only the editing decoder begins with the generation decoder, not {:?}", self.part);
+            return Err(ConfigError::incoherent("initial", reason));
+        }
         for stage in &self.stages {
             positive("steps", stage.steps)?;
             positive("batch_size", stage.batch_size)?;
@@ -339,6 +355,9 @@ impl StageRecipe {
             if !(0.0..=1.0).contains(&share) {
                 return wrong(field, format!("{share} must lie in 0..=1"));
             }
+        }
+        if self.decoder.distinct_samples == Some(0) {
+            return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
         if !is_decoder && predicted_embeds > 0.0 {

@@ -1,7 +1,7 @@
 //! A world of which we know the truth: seeded scenes of shapes -> pictures, prompts, questions, edits and their answers.
 //!
 //! It is for training small models and for scoring them. A picture has 144x144 pixels and 3x3 places with up to four
-//! objects; everything about it is in its [`Scene`].
+//! objects (nine for [`Task::Reconstruction`]); everything about it is in its [`Scene`].
 //!
 //! **Every prompt determines one scene.** A model that predicts embeddings by regression answers an open question with
 //! the mean of all answers, which is a blur. So what a prompt leaves out has a default: objects are large and solid, the
@@ -51,6 +51,8 @@ pub enum Task {
     Editing,
     /// Several turns about one picture.
     MultiTurn,
+    /// The same picture again, with something in every place: what an autoencoder learns most from.
+    Reconstruction,
 }
 
 /// Kind of a sample, within its task.
@@ -80,6 +82,7 @@ pub enum Kind {
     Restyle,
     GenerateThenUnderstand,
     TwoEdits,
+    Crowded,
 }
 
 impl Task {
@@ -108,6 +111,7 @@ impl Task {
                 Kind::Restyle,
             ],
             Self::MultiTurn => &[Kind::GenerateThenUnderstand, Kind::TwoEdits],
+            Self::Reconstruction => &[Kind::Crowded],
         }
     }
 }
@@ -176,6 +180,7 @@ impl World {
         let prompt = match (task, kind) {
             (Task::Understanding, _) => conversation.question(&mut kind, language, pairs, &mut draws),
             (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
+            (Task::Reconstruction, _) => conversation.reconstruction(language, pairs, &mut draws),
             (Task::MultiTurn, Kind::GenerateThenUnderstand) => {
                 let drawn = draws.one(Task::Generation.kinds());
                 let prompt = conversation.generation(drawn, language, pairs, &mut draws);
@@ -234,6 +239,15 @@ impl Conversation {
         self.messages.push(Message::text(asked));
         self.answer(scene, language);
         prompt
+    }
+
+    fn reconstruction(&mut self, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
+        let scene = compose::free_scene(Place::ALL.len(), pairs, draws);
+        let asked = either(language, "Draw this picture again.", "请重画这张图。").to_string();
+        self.messages.push(Message::user().with_image(scene.render()).with_text(asked.clone()));
+        self.scenes.push(scene.clone());
+        self.answer(scene, language);
+        asked
     }
 
     fn edit(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {

@@ -1,0 +1,168 @@
+//! The world of the small model through its public interface: same bytes, split by rule, determined prompts, fair scores.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test may panic")]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nexus_data::{
+    Image, Language, Message, Role,
+    world::{
+        Colour, Kind, Place, Scene, Shape, Split, Task, World, changed_region, is_held_out, judge, psnr_outside,
+        read_scene,
+    },
+};
+use sha2::{Digest, Sha256};
+
+const TASKS: [Task; 5] = [Task::Understanding, Task::Generation, Task::Editing, Task::MultiTurn, Task::Reconstruction];
+
+/// Samples of every task; fewer where nothing is optimised.
+fn count(released: u64) -> u64 {
+    if cfg!(debug_assertions) { released / 10 } else { released }
+}
+
+fn hash(messages: &[Message]) -> String {
+    let mut hasher = Sha256::new();
+    for message in messages {
+        message.texts().for_each(|text| hasher.update(text));
+        message.images().for_each(|image| hasher.update(image.rgb()));
+    }
+    format!("{:x}", hasher.finalize())
+}
+
+fn images(messages: &[Message]) -> Vec<Image> {
+    messages.iter().flat_map(Message::images).cloned().collect()
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes() {
+    for task in TASKS {
+        for split in [Split::Train, Split::HeldOut] {
+            let of = |seed: u64, index: u64| hash(&World::new(seed).sample(task, split, index).messages);
+            assert_eq!(of(5, 17), of(5, 17));
+            assert_ne!(of(5, 17), of(5, 18), "{task:?} {split:?}: another number is another sample");
+            assert_ne!(of(5, 17), of(6, 17), "{task:?} {split:?}: another seed is another world");
+        }
+    }
+}
+
+#[test]
+fn held_out_pairs_never_occur_in_training_and_always_in_evaluation() {
+    let pairs = Shape::ALL.map(|shape| Colour::ALL.into_iter().filter(|&colour| is_held_out(colour, shape)).count());
+    assert_eq!(pairs, [1; 4], "one pair for each shape");
+    let world = World::new(3);
+    let has_held_out = |scene: &Scene| scene.objects.iter().any(|object| is_held_out(object.colour, object.shape));
+    for task in TASKS {
+        for index in 0..count(3000) {
+            let sample = world.sample(task, Split::Train, index);
+            assert!(!sample.scenes.iter().any(has_held_out), "{}", sample.id);
+            let sample = world.sample(task, Split::HeldOut, index);
+            assert!(sample.scenes.iter().any(has_held_out), "{}", sample.id);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_determines_one_scene() {
+    let world = World::new(4);
+    let mut known: BTreeMap<String, Scene> = BTreeMap::new();
+    let mut again = 0;
+    for index in 0..count(20_000) {
+        let sample = world.sample(Task::Generation, Split::Train, index);
+        let scene = sample.scenes[0].clone();
+        if let Some(before) = known.insert(sample.prompt.clone(), scene.clone()) {
+            again += 1;
+            assert_eq!(before, scene, "{}", sample.prompt);
+        }
+    }
+    assert!(again > 10, "only {again} prompts came twice");
+}
+
+#[test]
+fn an_answer_follows_from_question_and_scene() {
+    let world = World::new(8);
+    let mut known: BTreeMap<(String, Vec<u8>), String> = BTreeMap::new();
+    let mut kinds = BTreeSet::new();
+    for index in 0..count(3000) {
+        let sample = world.sample(Task::Understanding, Split::Train, index);
+        kinds.insert(sample.kind);
+        let scene = &sample.scenes[0];
+        let answer: String = sample.messages[1].texts().collect();
+        let key = (sample.prompt.clone(), scene.render().rgb().to_vec());
+        assert_eq!(known.entry(key).or_insert(answer.clone()), &answer, "{}", sample.prompt);
+        if sample.kind == Kind::Where && sample.language == Language::English {
+            let places = Place::ALL.map(|place| place.name(Language::English));
+            assert!(places.contains(&answer.as_str()), "{answer}");
+        }
+        if sample.kind == Kind::Count {
+            let counted: usize = answer.parse().unwrap();
+            assert!(counted <= scene.objects.len(), "{}: {answer}", sample.prompt);
+        }
+    }
+    assert_eq!(kinds, Task::Understanding.kinds().iter().copied().collect());
+}
+
+#[test]
+fn kinds_can_be_chosen() {
+    let world = World::new(9);
+    for index in 0..40 {
+        let sample = world.sample_of(Task::Understanding, &[Kind::Describe], Split::Train, index);
+        assert_eq!(sample.kind, Kind::Describe);
+        let sample = world.sample_of(Task::Generation, &[Kind::Counting, Kind::Colours], Split::Train, index);
+        assert!([Kind::Counting, Kind::Colours].contains(&sample.kind));
+        let any = world.sample_of(Task::Generation, &[], Split::Train, index);
+        assert_eq!(any, world.sample(Task::Generation, Split::Train, index));
+    }
+}
+
+#[test]
+fn an_edit_changes_what_it_says_and_nothing_else() {
+    let world = World::new(10);
+    let mut kinds = BTreeSet::new();
+    for index in 0..count(600) {
+        let sample = world.sample(Task::Editing, Split::HeldOut, index);
+        kinds.insert(sample.kind);
+        let [before, after] = &sample.scenes[..] else { panic!("{}: two scenes", sample.id) };
+        let pictures = images(&sample.messages);
+        assert!(judge(&pictures[0], before).correct && judge(&pictures[1], after).correct, "{}", sample.id);
+        assert!(!judge(&pictures[0], after).correct, "{}: {} changes nothing", sample.id, sample.prompt);
+        let region = changed_region(before, after);
+        assert_eq!(psnr_outside(&pictures[0], &pictures[1], &region), f32::INFINITY, "{}", sample.id);
+    }
+    assert_eq!(kinds.len(), Task::Editing.kinds().len(), "{kinds:?}");
+}
+
+#[test]
+fn several_turns_go_on_with_the_same_picture() {
+    let world = World::new(11);
+    for index in 0..40 {
+        let sample = world.sample(Task::MultiTurn, Split::Train, index);
+        let roles: Vec<Role> = sample.messages.iter().map(|message| message.role).collect();
+        assert_eq!(roles, [Role::User, Role::Assistant, Role::User, Role::Assistant]);
+        let pictures = images(&sample.messages);
+        assert_eq!(pictures.len(), sample.scenes.len());
+        for (picture, scene) in pictures.iter().zip(&sample.scenes) {
+            assert_eq!(read_scene(picture).scene.as_ref(), Some(scene), "{}", sample.id);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_picture_does_not_pass() {
+    let world = World::new(12);
+    let scenes: Vec<Scene> =
+        (0..60).map(|index| world.sample(Task::Generation, Split::HeldOut, index).scenes[0].clone()).collect();
+    for pair in scenes.windows(2).filter(|pair| pair[0] != pair[1]) {
+        assert!(!judge(&pair[0].render(), &pair[1]).correct, "{pair:?}");
+    }
+}
+
+#[test]
+fn languages_and_lengths_are_mixed() {
+    let world = World::new(13);
+    let samples: Vec<_> = (0..400).map(|index| world.sample(Task::Generation, Split::Train, index)).collect();
+    let chinese = samples.iter().filter(|sample| sample.language == Language::Chinese).count();
+    assert!((60..140).contains(&chinese), "{chinese} of 400 are Chinese");
+    let lengths: BTreeSet<usize> = samples.iter().map(|sample| sample.prompt.chars().count()).collect();
+    assert!(lengths.first().unwrap() < &16 && lengths.last().unwrap() > &80, "{lengths:?}");
+    let prompts: BTreeSet<&str> = samples.iter().map(|sample| sample.prompt.as_str()).collect();
+    assert!(prompts.len() > 360, "only {} of 400 prompts differ", prompts.len());
+}

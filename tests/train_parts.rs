@@ -1,0 +1,141 @@
+//! Training of every part of the model on the bundled random checkpoint: stopped and resumed, and what each begins with.
+#![cfg(feature = "train")]
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
+
+use std::{fs, ops::ControlFlow, path::Path};
+
+use nexus::{
+    Image, Message,
+    core::checkpoint::Checkpoint,
+    data::MessagesFile,
+    train::{Recipe, TrainEvent, TrainOutcome, train, unobserved},
+};
+use nexus_core::testing::{cpu, random_models_dir};
+use serde_json::{Value, json};
+
+fn recipe(part: &str, initial: Value, data: Value, stage: Value) -> Recipe {
+    let mut first = json!({
+        "name": "only", "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "data": [{"source": data, "weight": 1.0}],
+    });
+    first.as_object_mut().unwrap().extend(stage.as_object().unwrap().clone());
+    let recipe = json!({
+        "command": "", "time": "", "expected": "", "part": part, "seed": 5, "initial": initial,
+        "checkpoint_every": 1, "log_every": 1, "sample_every": 2, "max_rejected": 0, "stages": [first],
+    });
+    serde_json::from_value(recipe).unwrap()
+}
+
+fn world(task: &str) -> Value {
+    json!({"world": {"seed": 1, "task": task}})
+}
+
+fn decoder(more: Value) -> Value {
+    let mut settings = json!({"picture_px": 32});
+    settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    json!({"decoder": settings})
+}
+
+/// Metrics and exported weights of a run that is done.
+fn results(run: &Path) -> (String, Vec<u8>) {
+    let export = fs::read_dir(run.join("export")).unwrap().next().unwrap().unwrap().path();
+    (fs::read_to_string(run.join("metrics.jsonl")).unwrap(), fs::read(export).unwrap())
+}
+
+fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
+    checkpoint.data(name).unwrap().try_to_vec_as::<f32>().unwrap()
+}
+
+/// Runs a recipe whole, and again with a stop after its first step.
+fn check_resumes(recipe: &Recipe) {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, stopped) = (dir.path().join("whole"), dir.path().join("stopped"));
+    let outcome = train(recipe, random_models_dir(), &whole, &cpu(), &mut unobserved).unwrap();
+    assert!(matches!(outcome, TrainOutcome::Finished(_)));
+    let mut stop = |event: TrainEvent<'_>| match event {
+        TrainEvent::Step { metrics, .. } if metrics.step == 1 => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let outcome = train(recipe, random_models_dir(), &stopped, &cpu(), &mut stop).unwrap();
+    assert!(matches!(outcome, TrainOutcome::Stopped(_)));
+    train(recipe, random_models_dir(), &stopped, &cpu(), &mut unobserved).unwrap();
+    let (whole, stopped) = (results(&whole), results(&stopped));
+    assert_eq!(whole.0, stopped.0);
+    assert!(whole.1 == stopped.1, "exported weights differ");
+}
+
+#[test]
+fn the_language_model_resumes() {
+    check_resumes(&recipe("autoregressive", json!("checkpoint"), world("multi_turn"), json!({"ema_decay": 0.9})));
+}
+
+#[test]
+fn the_vision_encoder_resumes() {
+    let initial = json!({"random": {"seed": 2}});
+    check_resumes(&recipe("vision_encoder", initial, world("understanding"), json!({"max_grad_norm": 1.0})));
+}
+
+#[test]
+fn the_generation_decoder_resumes() {
+    let settings = json!({"predicted_embeds": 0.5, "condition_dropout": 0.3});
+    check_resumes(&recipe("generation_decoder", json!("checkpoint"), world("generation"), decoder(settings)));
+}
+
+#[test]
+fn the_editing_decoder_resumes_with_samples_that_it_sees_again() {
+    let settings = json!({"predicted_embeds": 0.5, "distinct_samples": 3});
+    check_resumes(&recipe("editing_decoder", json!("checkpoint"), world("editing"), decoder(settings)));
+}
+
+#[test]
+fn an_editing_decoder_begins_with_the_transformer_of_the_generation_decoder() {
+    let dir = tempfile::tempdir().unwrap();
+    let initial = json!({"generation_decoder": {"seed": 9}});
+    let mut settings = decoder(json!({"distinct_samples": 1}));
+    // Too small a step to be seen in bf16.
+    settings.as_object_mut().unwrap().extend(json!({"steps": 1, "learning_rate": 1e-12}).as_object().unwrap().clone());
+    let recipe = recipe("editing_decoder", initial, world("editing"), settings);
+    train(&recipe, random_models_dir(), dir.path().join("run"), &cpu(), &mut unobserved).unwrap();
+    let begun = Checkpoint::open(dir.path().join("run/export/edit_decoder.safetensors")).unwrap();
+    let models = random_models_dir().join("Nexus-GenV2");
+    let generation = Checkpoint::open(models.join("generation_decoder.bin")).unwrap();
+    let editing = Checkpoint::open(models.join("edit_decoder.bin")).unwrap();
+    let transformer = "pipe.dit.single_blocks.0.to_qkv_mlp.weight";
+    assert_eq!(values(&begun, transformer), values(&generation, transformer));
+    assert_ne!(values(&begun, transformer), values(&editing, transformer));
+    let merger = "embedding_merger.layers.0.self_attn.q_proj.weight";
+    assert_ne!(values(&begun, merger), values(&editing, merger), "the merger is random");
+}
+
+#[test]
+fn distinct_samples_are_all_that_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = || Image::from_rgb8(32, 32, vec![90; 3 * 32 * 32]).unwrap();
+    let drawn = vec![Message::text("Draw grey."), Message::assistant().with_image(picture())];
+    let spoken = vec![Message::text("Say grey."), Message::assistant().with_text("Grey.")];
+    let file = dir.path().join("data.jsonl");
+    let conversations: Vec<Vec<Message>> =
+        (0..8).map(|i| if i % 2 == 0 { drawn.clone() } else { spoken.clone() }).collect();
+    MessagesFile::write(&file, &conversations).unwrap();
+    let run = |name: &str, distinct: Value, seed: u64| {
+        let data = json!({"messages": {"path": file}});
+        let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, decoder(distinct));
+        recipe.seed = seed;
+        let run = dir.path().join(format!("{name}-{seed}"));
+        train(&recipe, random_models_dir(), run, &cpu(), &mut unobserved)
+    };
+    // The first sample has a picture or not, by the seed; all eight always hold some without one.
+    let mut finished = 0;
+    for seed in 0..4 {
+        let error = run("all", json!({}), seed).unwrap_err();
+        assert!(error.to_string().contains("rejected.jsonl"), "{error}");
+        finished += usize::from(run("first", json!({"distinct_samples": 1}), seed).is_ok());
+    }
+    assert!((1..4).contains(&finished), "{finished} of 4");
+}
+
+#[test]
+fn only_the_editing_decoder_begins_with_another() {
+    let recipe = recipe("autoregressive", json!({"generation_decoder": {"seed": 1}}), world("generation"), json!({}));
+    let error = recipe.validate().unwrap_err().to_string();
+    assert!(error.contains("initial") && error.contains("editing decoder"), "{error}");
+}
