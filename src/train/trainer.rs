@@ -115,6 +115,10 @@ pub(crate) fn train<T: Task>(
             let (stage, pattern) = (stage.name.clone(), stage.frozen[at].0.clone());
             return Err(TrainError::UnknownPattern { stage, pattern });
         }
+        let is_frozen = |name: &str| stage.frozen.iter().any(|pattern| pattern.matches(name));
+        if module_layout(&module, &names).iter().all(|(name, _)| is_frozen(name)) {
+            return Err(TrainError::NothingTrained { stage: stage.name.clone() });
+        }
         let mut progress = StageProgress::begin(&module, &names, stage, &state, saved.take(), device)?;
         let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
         let mut watch = Instant::now();
@@ -129,14 +133,14 @@ pub(crate) fn train<T: Task>(
                 let batch = MicroBatch { stage, feed: &mut feed, seed, samples };
                 let Some(losses) = task.loss(&module, batch)? else { continue };
                 sums.add(&losses)?;
-                gradients.add(losses.total.backward(), &module, &names);
+                // Samples may not reach what is trained, such as text alone with a vision head.
+                if losses.total.is_tracked() {
+                    gradients.add(losses.total.backward(), &module, &names);
+                }
             }
             let step = state.steps + 1;
             if sums.count == 0 {
                 return Err(TrainError::NoSamples { step, rejected: dir.path().join(super::REJECTED) });
-            }
-            if gradients.is_empty() {
-                return Err(TrainError::NothingTrained { stage: stage.name.clone() });
             }
             gradients.scale(1.0 / sums.count as f64);
             let not_finite = |parameter: String| TrainError::NotFinite { step, parameter };

@@ -101,8 +101,11 @@ impl Optimizer {
 
     /// Takes up the moments of a saved state; `sizes` are the names and numbers of elements of the trained parameters.
     ///
+    /// A parameter that had no gradient yet has no moments.
+    ///
     /// # Errors
-    /// [`TrainStateError::State`] if a moment is missing or of another size, [`TrainStateError::Checkpoint`].
+    /// [`TrainStateError::State`] if a part of a parameter's state is missing or of another size,
+    /// [`TrainStateError::Checkpoint`].
     pub fn restore(
         options: AdamWOptions,
         saved: &Checkpoint,
@@ -110,7 +113,9 @@ impl Optimizer {
         device: &Device,
     ) -> Result<Self, TrainStateError> {
         let mut optimizer = Self::new(options);
-        for (name, expected) in sizes {
+        let has_state =
+            |name: &str| [MOMENTS[0], MOMENTS[1], STEP].iter().any(|of| saved.contains(&format!("{of}{name}")));
+        for (name, expected) in sizes.iter().filter(|(name, _)| has_state(name)) {
             let read = |prefix: &str, expected: usize| {
                 let tensor = format!("{prefix}{name}");
                 match saved.contains(&tensor) {
@@ -261,5 +266,24 @@ mod tests {
         let other = [("layer.weight".to_string(), 5)];
         let error = Optimizer::restore(options, &saved, &other, &cpu()).err().unwrap();
         assert!(matches!(error, TrainStateError::State { expected: 5, .. }), "{error}");
+        let mut parts = optimizer.state().unwrap();
+        parts.pop();
+        write_safetensors(&path, parts, None).unwrap();
+        let error = Optimizer::restore(options, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).err().unwrap();
+        assert!(matches!(error, TrainStateError::State { expected: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_parameter_without_a_gradient_has_no_moments() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("optimizer.safetensors");
+        let options = AdamWOptions::default();
+        write_safetensors(&path, Optimizer::new(options).state().unwrap(), None).unwrap();
+        let sizes = [("layer.weight".to_string(), 4)];
+        let mut restored = Optimizer::restore(options, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).unwrap();
+        let layer = layer();
+        let [new, resumed] = [&mut Optimizer::new(options), &mut restored]
+            .map(|optimizer| values(optimizer.step(layer.clone(), &NAMES, gradients(&layer, 1), 0.01).weight.val()));
+        assert_eq!(new, resumed);
     }
 }
