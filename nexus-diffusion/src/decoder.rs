@@ -70,7 +70,7 @@ impl GenerationDecoder {
         options: &LoadOptions,
     ) -> Result<Self, DiffusionError> {
         config.validate()?;
-        notice_flux_licence();
+        notice_flux_licence(&config.dit);
         Ok(load_module(Self::new(config, device), checkpoint, &GENERATION_DECODER, options)?)
     }
 
@@ -118,7 +118,7 @@ impl EditingDecoder {
         options: &LoadOptions,
     ) -> Result<Self, DiffusionError> {
         config.validate()?;
-        notice_flux_licence();
+        notice_flux_licence(&config.dit);
         Ok(load_module(Self::new(config, device), checkpoint, &EDITING_DECODER, options)?)
     }
 

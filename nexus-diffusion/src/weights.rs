@@ -87,9 +87,12 @@ pub const T5: WeightNames = WeightNames {
     unused: &[("encoder.embed_tokens.weight", "a copy of `shared.weight` that some exports store")],
 };
 
-/// Says once per process that the weights being loaded derive from FLUX.1-dev.
-pub(crate) fn notice_flux_licence() {
+/// Says once per process that the weights being loaded derive from FLUX.1-dev, which those of other sizes do not.
+pub(crate) fn notice_flux_licence<C: Default + PartialEq>(config: &C) {
     static NOTICE: Once = Once::new();
+    if *config != C::default() {
+        return;
+    }
     NOTICE.call_once(|| {
         log::warn!(
             "these weights derive from FLUX.1 [dev] and are under the FLUX.1 [dev] Non-Commercial License: \

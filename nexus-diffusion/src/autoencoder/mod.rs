@@ -65,7 +65,7 @@ impl Autoencoder {
         options: &LoadOptions,
     ) -> Result<Self, DiffusionError> {
         config.validate()?;
-        notice_flux_licence();
+        notice_flux_licence(config);
         Ok(load_module(Self::new(config, device), checkpoint, &AUTOENCODER, options)?)
     }
 

@@ -98,7 +98,7 @@ impl Dit {
         options: &LoadOptions,
     ) -> Result<Self, DiffusionError> {
         config.validate()?;
-        notice_flux_licence();
+        notice_flux_licence(config);
         let mut dit = load_module(Self::new(config, device), checkpoint, &FLUX1_DEV, options)?;
         dit.final_norm_out = dit.final_norm_out.with_halves_swapped();
         Ok(dit)
