@@ -82,6 +82,7 @@ pub enum Kind {
     Restyle,
     GenerateThenUnderstand,
     TwoEdits,
+    Questions,
     Crowded,
 }
 
@@ -110,7 +111,7 @@ impl Task {
                 Kind::Move,
                 Kind::Restyle,
             ],
-            Self::MultiTurn => &[Kind::GenerateThenUnderstand, Kind::TwoEdits],
+            Self::MultiTurn => &[Kind::GenerateThenUnderstand, Kind::TwoEdits, Kind::Questions],
             Self::Reconstruction => &[Kind::Crowded],
         }
     }
@@ -151,6 +152,12 @@ pub struct World {
     seed: u64,
 }
 
+/// Questions of a sample of several about one picture.
+const QUESTIONS: usize = 8;
+
+/// Their kinds: a description would be most of what is learnt.
+const SHORT_ANSWERS: &[Kind] = &[Kind::Count, Kind::Colour, Kind::Where, Kind::Presence, Kind::Compare];
+
 /// Share of Chinese samples, in percent.
 const CHINESE_PERCENT: usize = 25;
 
@@ -180,6 +187,13 @@ impl World {
         let prompt = match (task, kind) {
             (Task::Understanding, _) => conversation.question(&mut kind, language, pairs, &mut draws),
             (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
+            (Task::MultiTurn, Kind::Questions) => {
+                let prompt = conversation.question(&mut draws.one(SHORT_ANSWERS), language, pairs, &mut draws);
+                for _ in 1..QUESTIONS {
+                    conversation.question_about_last(draws.one(SHORT_ANSWERS), language, &mut draws);
+                }
+                prompt
+            }
             (Task::Reconstruction, _) => conversation.reconstruction(language, pairs, &mut draws),
             (Task::MultiTurn, Kind::GenerateThenUnderstand) => {
                 let drawn = draws.one(Task::Generation.kinds());
