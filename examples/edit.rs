@@ -20,7 +20,7 @@ struct Args {
     #[arg(long = "input_image", default_value = cli::SAMPLE_IMAGE)]
     input_image: PathBuf,
     /// What to change
-    #[arg(long, default_value = "Add a pair of sunglasses.")]
+    #[arg(long, default_value = "Colour the purple cross yellow.")]
     instruction: String,
     /// Draw by the generation decoder, which does not see the source picture
     #[arg(long = "use_generation_decoder")]

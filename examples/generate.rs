@@ -1,4 +1,4 @@
-//! How do I draw a picture? `cargo run --release --example generate -- --prompt "A cute cat"`
+//! How do I draw a picture? `cargo run --release --example generate -- --prompt "a red circle to the left of a blue square"`
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
 
 mod cli;
@@ -17,7 +17,7 @@ struct Args {
     #[command(flatten)]
     draw: cli::DrawArgs,
     /// What to draw
-    #[arg(long, default_value = "A cute cat")]
+    #[arg(long, default_value = "a red circle to the left of a blue square")]
     prompt: String,
     /// Language of the words around the prompt: en or zh; without it, the prompt's own
     #[arg(long, value_parser = ["en", "zh"])]

@@ -11,16 +11,16 @@ use nexus::{Nexus, Progress, Residency};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Random weights of the released layout: they draw noise, but through the whole pipeline.
-const RANDOM_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-random");
+/// A small model of a toy world: it knows coloured shapes on plain backgrounds and nothing else.
+const TINY_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny");
 
-/// A small photograph-like picture to ask about or to edit.
-pub const SAMPLE_IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/images/photo_200x150.png");
+/// A picture of that world to ask about or to edit.
+pub const SAMPLE_IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/scene.png");
 
 /// Which model runs, and where.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// Directory with Nexus-GenV2/ and FLUX/FLUX.1-dev/; without it, a tiny model with random weights
+    /// Directory with Nexus-GenV2/ and FLUX/FLUX.1-dev/; without it, nexus-tiny, which knows coloured shapes alone
     #[arg(long, alias = "ckpt_path", value_name = "DIR")]
     model: Option<PathBuf>,
     /// Directory with the FLUX files, if they are not beside the model
@@ -43,14 +43,19 @@ impl ModelArgs {
         if let Some(dir) = &self.flux_path {
             loader = loader.flux_dir(dir);
         }
-        Ok(loader.load(&nexus::device(&self.device)?)?)
+        Ok(loader.load(&self.device()?)?)
     }
 
-    /// Directory of the model; says so if it is the random one.
+    /// The device that was asked for.
+    pub fn device(&self) -> Result<nexus::Device> {
+        Ok(nexus::device(&self.device)?)
+    }
+
+    /// Directory of the model; says so if it is the small one.
     pub fn dir(&self) -> PathBuf {
         self.model.clone().unwrap_or_else(|| {
-            eprintln!("no --model given: using random weights, which know nothing and draw noise");
-            PathBuf::from(RANDOM_MODEL)
+            eprintln!("no --model given: using nexus-tiny, a small model that knows coloured shapes and nothing else");
+            PathBuf::from(TINY_MODEL)
         })
     }
 }

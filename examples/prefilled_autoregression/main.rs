@@ -204,9 +204,10 @@ fn report(args: &Args, ways: &[Way; 2], forced: &Errors, spread: &Spread) -> Res
         let (first, last) = (mean(&mse[..9]), mean(&mse[NUM_IMAGE_TOKENS - 9..]));
         format!("| {name} | {:.4} | {:.4} | {first:.4} | {last:.4} | {rest} |", mean(&mse), mean(&cosine))
     };
-    for Way { name, errors, score, .. } in ways {
-        let way = ways.iter().find(|way| way.name == *name).map_or(f64::NAN, Way::median_ms);
-        let rest = format!("{:.3} of {} | {:.3} | {way:.1}", score.overall(), score.count(), score.margin());
+    for way in ways {
+        let Way { name, errors, score, .. } = way;
+        let (share, of, margin, time) = (score.overall(), score.count(), score.margin(), way.median_ms());
+        let rest = format!("{share:.3} of {of} | {margin:.3} | {time:.1}");
         writeln!(table, "{}", row(name, errors, &rest))?;
     }
     writeln!(table, "{}", row("true ones fed", forced, "- | - | -"))?;
