@@ -116,8 +116,9 @@ fn distinct_samples_are_all_that_is_read() {
     let conversations: Vec<Vec<Message>> =
         (0..8).map(|i| if i % 2 == 0 { drawn.clone() } else { spoken.clone() }).collect();
     MessagesFile::write(&file, &conversations).unwrap();
+    let data = json!({"messages": {"path": file}});
     let run = |name: &str, distinct: Value, seed: u64| {
-        let data = json!({"messages": {"path": file}});
+        let data = data.clone();
         let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, decoder(distinct));
         (recipe.seed, recipe.stages[0].steps) = (seed, 4);
         let run = dir.path().join(format!("{name}-{seed}"));
@@ -131,6 +132,14 @@ fn distinct_samples_are_all_that_is_read() {
         finished += usize::from(run("first", json!({"distinct_samples": 1}), seed).is_ok());
     }
     assert!((1..4).contains(&finished), "{finished} of 4");
+
+    // Four of eight are bad, and they count once although all come three times.
+    let settings = decoder(json!({"distinct_samples": 8}));
+    let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, settings);
+    (recipe.max_rejected, recipe.stages[0].steps, recipe.stages[0].batch_size) = (4, 3, 8);
+    let again = dir.path().join("again");
+    train(&recipe, random_models_dir(), &again, &cpu(), &mut unobserved).unwrap();
+    assert_eq!(fs::read_to_string(again.join("rejected.jsonl")).unwrap().lines().count(), 4);
 }
 
 #[test]

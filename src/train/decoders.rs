@@ -256,19 +256,18 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     /// One sample of a micro-batch; `None` if it cannot be used.
     fn sample(&mut self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<Encoded>, TrainError> {
         let MicroBatch { stage, seed, .. } = *batch;
-        let (side, distinct) = (stage.decoder.picture_px, stage.decoder.distinct_samples);
-        let source = distinct.map_or(number, |distinct| number % distinct);
+        let first = batch.feed.first(number);
         if self.encoded.0 != seed {
             self.encoded = (seed, HashMap::new());
         }
-        let mut encoded = match self.encoded.1.remove(&source) {
+        let mut encoded = match self.encoded.1.remove(&first) {
             Some(known) => known,
             None => {
-                let Some(messages) = batch.feed.conversation(source)? else { return Ok(None) };
-                match self.encode(messages, side)? {
+                let Some(messages) = batch.feed.conversation(number)? else { return Ok(None) };
+                match self.encode(messages, stage.decoder.picture_px)? {
                     Ok(encoded) => encoded,
                     Err(reason) => {
-                        batch.feed.reject(source, &reason)?;
+                        batch.feed.reject(number, &reason)?;
                         return Ok(None);
                     }
                 }
@@ -278,8 +277,8 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         if let (Some(ar), true, None) = (&self.ar, predicts, &encoded.predicted) {
             encoded.predicted = self.predict(ar, &encoded.messages)?;
         }
-        if distinct.is_some() {
-            self.encoded.1.insert(source, encoded.clone());
+        if stage.decoder.distinct_samples.is_some() {
+            self.encoded.1.insert(first, encoded.clone());
         }
         if let Some(predicted) = encoded.predicted.take().filter(|_| predicts) {
             encoded.embeds = predicted;

@@ -14,6 +14,8 @@ pub(crate) struct Feed {
     mixture: Mixture,
     sources: Vec<OpenSource>,
     rejected: RejectedSamples,
+    /// Samples after which the first comes again.
+    distinct: Option<u64>,
 }
 
 enum OpenSource {
@@ -40,12 +42,17 @@ impl Feed {
             stage.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
         let mixture = Mixture::new(recipe.seed.wrapping_add(index as u64), &shares)?;
         let rejected = RejectedSamples::new(dir.path().join(REJECTED), recipe.max_rejected)?.with_count(rejected)?;
-        Ok(Self { mixture, sources, rejected })
+        Ok(Self { mixture, sources, rejected, distinct: stage.decoder.distinct_samples })
+    }
+
+    /// The first sample that is the same as this one.
+    pub(crate) fn first(&self, number: u64) -> u64 {
+        self.distinct.map_or(number, |distinct| number % distinct)
     }
 
     /// The conversation of a sample; `None` if it was set aside.
     pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Vec<Message>>, TrainError> {
-        let pick = self.mixture.pick(number);
+        let pick = self.mixture.pick(self.first(number));
         let failed = match &self.sources[pick.source] {
             OpenSource::World { world, task, kinds } => {
                 return Ok(Some(world.sample_of(*task, kinds, Split::Train, pick.index).messages));
@@ -59,8 +66,11 @@ impl Feed {
         Ok(None)
     }
 
-    /// Sets a sample aside.
+    /// Sets a sample aside; one that comes again already is.
     pub(crate) fn reject(&mut self, number: u64, reason: &dyn Display) -> Result<(), TrainError> {
+        if self.first(number) != number {
+            return Ok(());
+        }
         let pick = self.mixture.pick(number);
         let source = match &self.sources[pick.source] {
             OpenSource::World { .. } => "world".to_string(),

@@ -230,8 +230,8 @@ pub struct DecoderRecipe {
     pub condition_dropout: f64,
     /// Share of samples that are conditioned on the autoregressive model's prediction instead of the true embeddings.
     pub predicted_embeds: f64,
-    /// Number of samples that are encoded, kept in memory, and seen again and again with other noise; without it, every
-    /// sample is new.
+    /// Number of samples that are seen again and again with other noise, and that the decoders' stages encode once and
+    /// keep in memory; without it, every sample is new.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distinct_samples: Option<u64>,
 }
