@@ -18,6 +18,7 @@ mod compose;
 mod draws;
 mod edits;
 mod judge;
+mod labels;
 mod phrases;
 mod questions;
 mod reader;
@@ -35,6 +36,7 @@ use crate::{Image, Language, Message, edit_prompt, generation_prompt};
 
 pub use self::compose::canonical_places;
 pub use self::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
+pub use self::labels::{LABEL_CLASSES, TokenLabels};
 pub use self::reader::{Reading, read_scene};
 pub use self::render::{PLACE_PX, PixelNoise, SIDE_PX};
 pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
@@ -66,6 +68,8 @@ pub enum Kind {
     Where,
     Presence,
     Compare,
+    Shape,
+    Content,
     SingleObject,
     TwoObjects,
     Counting,
@@ -90,9 +94,16 @@ impl Task {
     /// Kinds of its samples.
     pub fn kinds(self) -> &'static [Kind] {
         match self {
-            Self::Understanding => {
-                &[Kind::Describe, Kind::Count, Kind::Colour, Kind::Where, Kind::Presence, Kind::Compare]
-            }
+            Self::Understanding => &[
+                Kind::Describe,
+                Kind::Count,
+                Kind::Colour,
+                Kind::Where,
+                Kind::Presence,
+                Kind::Compare,
+                Kind::Shape,
+                Kind::Content,
+            ],
             Self::Generation => &[
                 Kind::SingleObject,
                 Kind::TwoObjects,
@@ -156,7 +167,8 @@ pub struct World {
 const QUESTIONS: usize = 8;
 
 /// Their kinds: a description would be most of what is learnt.
-const SHORT_ANSWERS: &[Kind] = &[Kind::Count, Kind::Colour, Kind::Where, Kind::Presence, Kind::Compare];
+const SHORT_ANSWERS: &[Kind] =
+    &[Kind::Count, Kind::Colour, Kind::Where, Kind::Presence, Kind::Compare, Kind::Shape, Kind::Content];
 
 /// Share of Chinese samples, in percent.
 const CHINESE_PERCENT: usize = 25;

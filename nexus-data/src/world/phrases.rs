@@ -119,9 +119,8 @@ pub(super) fn description(scene: &Scene, language: Language) -> String {
         let below = index.checked_sub(1).map(|below| &scene.objects[below]);
         match below.filter(|below| below.place == object.place) {
             Some(_) => {
-                let on = one(object, Detail::Full, language);
                 if let Some(last) = phrases.last_mut() {
-                    last.push_str(&either(language, format!(" with {on} on it"), format!("，上面有{on}")));
+                    last.push_str(&on_it(object, language));
                 }
             }
             None => phrases.push(placed(object, Detail::Full, language)),
@@ -139,6 +138,19 @@ pub(super) fn description(scene: &Scene, language: Language) -> String {
             format!("{}，{background}背景{style}", phrases.join("，"))
         }
     }
+}
+
+/// What lies on the object that was named before.
+fn on_it(object: &Object, language: Language) -> String {
+    let on = one(object, Detail::Full, language);
+    either(language, format!(" with {on} on it"), format!("，上面有{on}"))
+}
+
+/// What stands in a place: `a small red circle`, `nothing`.
+pub(super) fn content(scene: &Scene, place: Place, language: Language) -> String {
+    let mut here = scene.objects.iter().filter(|object| object.place == place);
+    let Some(object) = here.next() else { return either(language, "nothing", "没有").to_string() };
+    here.fold(one(object, Detail::Full, language), |text, above| text + &on_it(above, language))
 }
 
 /// The objects without a place of their own, as in `which colour is the circle`.

@@ -3,8 +3,8 @@
 use super::Kind;
 use super::compose::{Pairs, free_scene, pairs, usual};
 use super::draws::Draws;
-use super::phrases::{Detail, at, description, kind_of, noun, the};
-use super::scene::{Colour, Object, Scene, Shape, either};
+use super::phrases::{Detail, at, content, description, kind_of, noun, the};
+use super::scene::{Colour, Object, Place, Scene, Shape, either};
 use crate::Language;
 
 /// Questions of one kind; `{}` is what is asked about.
@@ -41,6 +41,26 @@ const COLOUR: [[&str; 5]; 2] = [
 const WHERE: [[&str; 5]; 2] = [
     ["Where is {}?", "In which place is {}?", "Where do you see {}?", "Where can {} be found?", "Tell me where {} is."],
     ["{}在哪里？", "{}在什么位置？", "你在哪里看到{}？", "告诉我{}的位置。", "请问{}在哪儿？"],
+];
+const SHAPE: [[&str; 5]; 2] = [
+    [
+        "Which shape is {}?",
+        "What shape is the {} one?",
+        "Which shape has the colour {}?",
+        "What is the shape of the {} one?",
+        "Tell me which shape is {}.",
+    ],
+    ["{}的是什么图形？", "哪个图形是{}？", "{}图形是什么形状？", "告诉我{}的是什么图形。", "请问哪种图形是{}？"],
+];
+const CONTENT: [[&str; 5]; 2] = [
+    [
+        "What is in the {}?",
+        "What do you see in the {}?",
+        "What does the {} show?",
+        "What can be seen in the {}?",
+        "Tell me what is in the {}.",
+    ],
+    ["{}有什么？", "你在{}看到什么？", "{}显示了什么？", "{}是什么？", "告诉我{}有什么。"],
 ];
 const PRESENCE: [[&str; 5]; 2] = [
     [
@@ -148,33 +168,84 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
             }
             None => return ask(Kind::Presence, scene, language, draws),
         },
-        Kind::Where => match unique(objects, |object| (object.colour, object.shape)).as_slice() {
-            [] => return ask(Kind::Count, scene, language, draws),
-            found => {
-                let object = draws.one(found);
-                let what = the(&noun(&object, Detail::Name, language), language);
-                (capital(&form(&WHERE, draws).replace("{}", &what)), object.place.name(language).to_string())
+        Kind::Where => match whereabouts(objects, language, draws) {
+            None => return ask(Kind::Count, scene, language, draws),
+            Some((what, place)) => {
+                (capital(&form(&WHERE, draws).replace("{}", &what)), place.name(language).to_string())
             }
         },
+        Kind::Shape => match unique(objects, |object| object.colour).as_slice() {
+            [] => return ask(Kind::Content, scene, language, draws),
+            found => {
+                let object = draws.one(found);
+                let text = form(&SHAPE, draws).replace("{}", object.colour.name(language));
+                (capital(&text), object.shape.name(language).to_string())
+            }
+        },
+        Kind::Content => {
+            let place = if draws.percent(70) { draws.one(objects).place } else { draws.one(&Place::ALL) };
+            let text = form(&CONTENT, draws).replace("{}", place.name(language));
+            (capital(&text), content(scene, place, language))
+        }
         Kind::Compare => compare(scene, language, draws),
         _ => {
-            let present = draws.percent(50);
-            let asked = if present {
-                draws.one(objects)
-            } else {
-                // The right shape in another colour or the other way round, as often as something quite different.
-                let near = draws.one(objects);
-                let other = usual(pairs(1, Pairs::Seen, draws)[0]);
-                let mixed = [Object { colour: other.colour, ..near }, Object { shape: other.shape, ..near }, other];
-                let mixed = draws.one(&mixed);
-                if super::is_held_out(mixed.colour, mixed.shape) { other } else { mixed }
-            };
-            let is = objects.iter().any(|object| (object.colour, object.shape) == (asked.colour, asked.shape));
-            let what = noun(&asked, Detail::Name, language);
+            let (what, is) = presence(objects, language, draws);
             (form(&PRESENCE, draws).replace("{}", &what), truth(is))
         }
     };
     Asked { kind, question, answer }
+}
+
+/// A name that only one object has, by colour, by shape or by both, and where that object is.
+fn whereabouts(objects: &[Object], language: Language, draws: &mut Draws) -> Option<(String, Place)> {
+    let by = draws.below(4);
+    let found = match by {
+        0 => unique(objects, |object| object.shape),
+        1 => unique(objects, |object| object.colour),
+        _ => unique(objects, |object| (object.colour, object.shape)),
+    };
+    let object = (!found.is_empty()).then(|| draws.one(&found))?;
+    let name = match by {
+        0 => object.shape.name(language).to_string(),
+        1 => colour_shape(&object, language),
+        _ => noun(&object, Detail::Name, language),
+    };
+    Some((the(&name, language), object.place))
+}
+
+/// An object by its colour alone: `red shape`.
+fn colour_shape(object: &Object, language: Language) -> String {
+    let colour = object.colour.name(language);
+    either(language, format!("{colour} shape"), format!("{colour}图形"))
+}
+
+/// Something that may be there, and whether it is: a shape, a colour, or both.
+fn presence(objects: &[Object], language: Language, draws: &mut Draws) -> (String, bool) {
+    let near = draws.one(objects);
+    let other = usual(pairs(1, Pairs::Seen, draws)[0]);
+    let asked = if draws.percent(50) {
+        near
+    } else {
+        // The right shape in another colour or the other way round, as often as something quite different.
+        let mixed = [Object { colour: other.colour, ..near }, Object { shape: other.shape, ..near }, other];
+        let mixed = draws.one(&mixed);
+        if super::is_held_out(mixed.colour, mixed.shape) { other } else { mixed }
+    };
+    match draws.below(4) {
+        0 => {
+            let shape = if asked == near { near.shape } else { other.shape };
+            (shape.name(language).to_string(), objects.iter().any(|object| object.shape == shape))
+        }
+        1 => {
+            let colour = if asked == near { near.colour } else { other.colour };
+            let asked = Object { colour, ..asked };
+            (colour_shape(&asked, language), objects.iter().any(|object| object.colour == colour))
+        }
+        _ => {
+            let is = objects.iter().any(|object| (object.colour, object.shape) == (asked.colour, asked.shape));
+            (noun(&asked, Detail::Name, language), is)
+        }
+    }
 }
 
 fn compare(scene: &Scene, language: Language, draws: &mut Draws) -> (String, String) {

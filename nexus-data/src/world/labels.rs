@@ -1,0 +1,79 @@
+//! What every token of a picture shows: a scene -> classes, for heads that are trained on them.
+
+use super::scene::{Place, Scene};
+
+/// Number of classes of every label, in the order of [`TokenLabels`].
+pub const LABEL_CLASSES: [usize; 9] = [5, 9, 3, 3, 5, 9, 3, 4, 2];
+
+/// Shape, colour, size and texture of the object in the token's place; shape, colour and texture of the one on top of
+/// it; background and style. Class 0 of an object's labels means that there is none.
+pub type TokenLabels = [u8; LABEL_CLASSES.len()];
+
+impl Scene {
+    /// Labels of a grid of tokens over the picture, in raster order.
+    ///
+    /// A token has the labels of the place that its middle lies in, whether it shows the object itself or what is
+    /// beside it.
+    pub fn token_labels(&self, rows: usize, cols: usize) -> Vec<TokenLabels> {
+        let third = |index: usize, count: usize| ((2 * index + 1) * 3 / (2 * count)) as u8;
+        let place = |row: usize, col: usize| Place(3 * third(row, rows) + third(col, cols));
+        let token = |index: usize| self.labels_of(place(index / cols, index % cols));
+        (0..rows * cols).map(token).collect()
+    }
+
+    fn labels_of(&self, place: Place) -> TokenLabels {
+        let mut here = self.objects.iter().filter(|object| object.place == place);
+        let [shape, colour, size, texture] = here.next().map_or([0; 4], |object| {
+            [object.shape as u8, object.colour as u8, object.size as u8, object.texture as u8].map(|class| class + 1)
+        });
+        let [top_shape, top_colour, top_texture] = here.next().map_or([0; 3], |object| {
+            [object.shape as u8, object.colour as u8, object.texture as u8].map(|class| class + 1)
+        });
+        let (background, style) = (self.background as u8, self.style as u8);
+        [shape, colour, size, texture, top_shape, top_colour, top_texture, background, style]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::{Background, Colour, Object, Shape, Size, Split, Style, Task, Texture, World};
+
+    #[test]
+    fn nine_tokens_of_a_place_tell_its_objects() {
+        let below = Object {
+            shape: Shape::Square,
+            colour: Colour::Orange,
+            size: Size::Large,
+            texture: Texture::Striped,
+            place: Place(5),
+        };
+        let above = Object { shape: Shape::Circle, colour: Colour::Red, size: Size::Small, ..below };
+        let scene = Scene { background: Background::Mint, style: Style::Outlined, objects: vec![below, above] };
+        let labels = scene.token_labels(9, 9);
+        assert_eq!(labels.len(), 81);
+        for (index, labels) in labels.iter().enumerate() {
+            let inside = (3..6).contains(&(index / 9)) && (6..9).contains(&(index % 9));
+            let expected = if inside { [2, 7, 2, 2, 1, 1, 2, 3, 1] } else { [0, 0, 0, 0, 0, 0, 0, 3, 1] };
+            assert_eq!(*labels, expected, "token {index}");
+        }
+        assert_eq!(scene.token_labels(18, 18)[18 * 11 + 17], [2, 7, 2, 2, 1, 1, 2, 3, 1]);
+        assert_eq!(scene.token_labels(18, 18)[18 * 12 + 17][..7], [0; 7]);
+    }
+
+    #[test]
+    fn labels_are_below_the_number_of_their_classes_and_each_occurs() {
+        let mut seen = LABEL_CLASSES.map(|count| vec![false; count]);
+        for index in 0..400 {
+            let sample = World::new(3).sample(Task::Understanding, Split::Train, index);
+            for labels in sample.scenes[0].token_labels(3, 3) {
+                for (seen, label) in seen.iter_mut().zip(labels) {
+                    seen[usize::from(label)] = true;
+                }
+            }
+        }
+        // What lies on another is never striped in a sample.
+        seen[6][2] = true;
+        assert!(seen.iter().flatten().all(|&seen| seen), "{seen:?}");
+    }
+}
