@@ -14,7 +14,8 @@ use nexus::core::{
 };
 use nexus::vision_encoder::{VisionConfig, VisionEncoder};
 use nexus_core::testing::{
-    Fixture, assert_close, assert_close_tensors, cpu, fixtures_dir, ramp, random_models_dir, relative_drift,
+    Fixture, assert_close, assert_close_tensors, device, fixtures_dir, ramp, random_models_dir, relative_drift,
+    tolerance,
 };
 
 const TOLERANCE: f32 = 1e-5;
@@ -25,7 +26,7 @@ fn checkpoint() -> Checkpoint {
 
 fn model() -> ArModel {
     let config = ArConfig::read(random_models_dir().join("Nexus-GenV2/config.json")).unwrap();
-    ArModel::load(&checkpoint(), &config, &cpu(), &LoadOptions::default()).unwrap()
+    ArModel::load(&checkpoint(), &config, &device(), &LoadOptions::default()).unwrap()
 }
 
 fn grids(fixture: &Fixture) -> Vec<GridThw> {
@@ -38,7 +39,7 @@ fn images(fixture: &Fixture) -> Vec<ImageEmbeds> {
         return vec![];
     }
     let config = VisionConfig::read(random_models_dir().join("Nexus-GenV2/config.json")).unwrap();
-    let encoder = VisionEncoder::load(&checkpoint(), &config, &cpu(), &LoadOptions::default()).unwrap();
+    let encoder = VisionEncoder::load(&checkpoint(), &config, &device(), &LoadOptions::default()).unwrap();
     encoder.encode(fixture.tensor::<2>("in.pixel_values"), &grids(fixture)).unwrap()
 }
 
@@ -90,7 +91,7 @@ fn a_forward_pass_over_text_and_two_images() {
     assert_close(&logits.clone().narrow(1, tokens - 1, 1), &fixture.floats("out.logits_last"), TOLERANCE);
     let columns: Vec<usize> = fixture.meta("columns");
     let indices = columns.iter().map(|&column| column as i64).collect::<Vec<_>>();
-    let indices = burn::tensor::Tensor::<1, burn::tensor::Int>::from_data(indices.as_slice(), &cpu());
+    let indices = burn::tensor::Tensor::<1, burn::tensor::Int>::from_data(indices.as_slice(), &device());
     assert_close(&logits.select(2, indices), &fixture.floats("out.logits_columns"), TOLERANCE);
 }
 
@@ -99,7 +100,7 @@ fn every_layer_matches() {
     let (model, fixture) = (model(), Fixture::open("lm_text"));
     let token_ids = fixture.ids("in.input_ids");
     let positions: Vec<[f32; 3]> = (0..token_ids.len()).map(|position| [position as f32; 3]).collect();
-    let rotary = model.config().rotary().table(&positions, &cpu());
+    let rotary = model.config().rotary().table(&positions, &device());
     let mut x = model.embed(&token_ids, &[], FloatDType::F32).unwrap();
     for (index, layer) in model.model.layers.iter().enumerate() {
         x = layer.forward(x, &rotary, nexus::core::nn::Visibility::Causal, None);
@@ -149,7 +150,7 @@ fn check(name: &str, pass: ImagePass, after: PositionsAfterImage) -> Generation 
     let finite = |values: Vec<f32>| values.into_iter().filter(|value| value.is_finite()).collect::<Vec<f32>>();
     let scores = finite(found.text_steps.iter().flat_map(|step| step.scores.clone()).collect());
     let drift = relative_drift(&scores, &finite(fixture.floats(&format!("{prefix}text_logits"))));
-    assert!(drift < TOLERANCE, "{name}: scores drift by {drift:e}");
+    assert!(drift < tolerance(TOLERANCE), "{name}: scores drift by {drift:e}");
     found
 }
 
@@ -247,9 +248,10 @@ fn a_second_image_in_one_reply_works() {
 fn always_drawing() -> ArModel {
     let mut config = ArConfig::read(random_models_dir().join("Nexus-GenV2/config.json")).unwrap();
     config.token_ids.vision_start_token_id = 0;
-    let mut model = ArModel::new(&config, &cpu()).unwrap();
+    let mut model = ArModel::new(&config, &device()).unwrap();
     let head = model.lm_head.as_mut().unwrap();
-    head.weight = burn::module::Param::from_tensor(ramp([config.vocab_size, config.hidden_size], 1) * 0.0);
+    head.weight =
+        burn::module::Param::from_tensor(ramp([config.vocab_size, config.hidden_size], 1).to_device(&device()) * 0.0);
     model
 }
 

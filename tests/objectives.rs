@@ -23,7 +23,7 @@ use nexus::{
     },
     vision_encoder::{NAMES as VISION_NAMES, VisionConfig, VisionEncoder},
 };
-use nexus_core::testing::{Fixture, assert_close, cpu, random_models_dir};
+use nexus_core::testing::{Fixture, assert_close, device, random_models_dir};
 
 const LOSS_TOLERANCE: f32 = 1e-5;
 const GRADIENT_TOLERANCE: f32 = 1e-4;
@@ -32,7 +32,7 @@ const GRADIENT_TOLERANCE: f32 = 1e-4;
 const OPTIONS: LoadOptions = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: false };
 
 fn trained() -> Device {
-    cpu().autodiff()
+    device().autodiff()
 }
 
 fn dir() -> PathBuf {

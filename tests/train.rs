@@ -261,6 +261,8 @@ fn wrong_recipes_are_refused() {
             json!([{"source": {"world": {"seed": 1, "task": "generation", "kinds": ["describe"]}}, "weight": 1.0}]),
             "Describe is none of Generation",
         ),
+        ("/stages/0", stage("first", json!({"muon": {"matrices": ["*.weight"], "momentum": 1.0}})), "momentum"),
+        ("/stages/0", stage("first", json!({"loss": {"label_weight": 1.0}})), "label_weight"),
         ("/part", json!("tokenizer"), "tokenizer"),
     ] {
         let case = Case::new().set(pointer, value);
@@ -272,6 +274,10 @@ fn wrong_recipes_are_refused() {
     let case = Case::new().set("/stages/0/frozen", json!(["encodre.*"]));
     let error = case.run("run").unwrap_err();
     assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "encodre.*"), "{error}");
+    let misspelt = json!({"muon": {"matrices": ["*.weight", "*.wieght"]}});
+    let case = Case::new().set("/stages/0", stage("first", misspelt));
+    let error = case.run("run").unwrap_err();
+    assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "*.wieght"), "{error}");
     let case = Case::new().set("/stages/0/frozen", json!(["*"]));
     assert!(matches!(case.run("run").unwrap_err(), TrainError::NothingTrained { .. }));
 }

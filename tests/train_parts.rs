@@ -69,9 +69,32 @@ fn the_language_model_resumes() {
 }
 
 #[test]
+fn the_language_model_resumes_with_samples_that_it_sees_again() {
+    let settings = json!({"decoder": {"distinct_samples": 3}, "steps": 3});
+    check_resumes(&recipe("autoregressive", json!("checkpoint"), world("editing"), settings));
+}
+
+#[test]
 fn the_vision_encoder_resumes() {
     let initial = json!({"random": {"seed": 2}});
     check_resumes(&recipe("vision_encoder", initial, world("understanding"), json!({"max_grad_norm": 1.0})));
+}
+
+#[test]
+fn the_vision_encoder_resumes_with_labels_and_muon() {
+    let settings = json!({
+        "muon": {"matrices": ["visual.blocks.*.weight", "model.layers.*"]},
+        "loss": {"label_weight": 1.0, "image_weight": 0.0},
+    });
+    let recipe = recipe("vision_encoder", json!("checkpoint"), world("multi_turn"), settings);
+    check_resumes(&recipe);
+    let dir = tempfile::tempdir().unwrap();
+    train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();
+    let metrics = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    // Heads that know nothing yet: about the mean of the logarithms of the numbers of classes.
+    let labels = first["labels"].as_f64().unwrap();
+    assert!((1.0..2.2).contains(&labels), "{labels}");
 }
 
 #[test]

@@ -4,7 +4,10 @@ use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_s
 use nexus_core::nn::RotaryTable;
 use serde::{Deserialize, Serialize};
 
-use crate::{ArError, ArModel, NUM_IMAGE_TOKENS, TrainingBatch, training_batch::Place};
+use crate::{
+    ArError, ArModel, NUM_IMAGE_TOKENS, TrainingBatch,
+    training_batch::{Group, Place},
+};
 
 /// Epsilon of the norms in the cosine.
 const COSINE_EPS: f32 = 1e-8;
@@ -58,8 +61,6 @@ impl ArObjective {
     /// alone.
     pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
         let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
-        let [samples, tokens, width] = hidden.dims();
-        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
         let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
@@ -97,8 +98,6 @@ impl ArObjective {
         dtype: FloatDType,
     ) -> Result<Vec<Tensor<3>>, ArError> {
         let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
-        let [samples, tokens, width] = hidden.dims();
-        let hidden: Tensor<2> = hidden.reshape([samples * tokens, width]);
         let predict = |rows: &[usize]| {
             let rows = indices(rows.iter().map(|&row| row as i64).collect(), &hidden);
             model.predict_embeds(hidden.clone().select(0, rows).unsqueeze()).detach()
@@ -112,11 +111,11 @@ impl ArModel {
     /// `prefill`, the true embeddings as constants.
     ///
     /// # Shapes
-    /// - returns: `[samples, tokens, hidden]` in `dtype`
+    /// - returns: `[rows, hidden]` in `dtype`
     ///
     /// # Errors
     /// [`ArError::TokenOutOfVocabulary`], [`ArError::EmbedWidth`] if the batch was made for another model.
-    pub fn embed_batch(&self, batch: &TrainingBatch, prefill: bool, dtype: FloatDType) -> Result<Tensor<3>, ArError> {
+    pub fn embed_batch(&self, batch: &TrainingBatch, prefill: bool, dtype: FloatDType) -> Result<Tensor<2>, ArError> {
         batch.check_fits(self.config())?;
         let device = self.device();
         let ids: Vec<i64> = batch.vocabulary.iter().map(|&id| i64::from(id)).collect();
@@ -139,27 +138,33 @@ impl ArModel {
         };
         let rows = batch.places.iter().map(|place| row(place) as i64).collect();
         let table = Tensor::cat(table, 0);
-        let [_, hidden] = table.dims();
         let rows = indices(rows, &table);
-        Ok(table.select(0, rows).reshape([batch.samples, batch.tokens, hidden]))
+        Ok(table.select(0, rows))
     }
 
     /// Hidden states of a batch after the final norm, causal, without a cache.
     ///
     /// # Shapes
-    /// - `embeds`: `[samples, tokens, hidden]`; its dtype is the compute dtype
+    /// - `embeds`: `[rows, hidden]`; its dtype is the compute dtype
     /// - returns: the same
     ///
     /// # Panics
     /// If the embeddings are not those of the batch.
-    pub fn forward_batch(&self, embeds: Tensor<3>, batch: &TrainingBatch) -> Tensor<3> {
-        let [samples, tokens, _] = embeds.dims();
-        assert_eq!([samples, tokens], [batch.samples, batch.tokens], "samples and tokens of the batch");
-        let RotaryTable { cos, sin } = self.rotary_table(&batch.positions, &embeds);
-        let [_, _, pairs] = cos.dims();
-        let shape = [samples, tokens, pairs];
-        let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
-        self.forward_layers(embeds, &rotary, None)
+    pub fn forward_batch(&self, embeds: Tensor<2>, batch: &TrainingBatch) -> Tensor<2> {
+        let [rows, hidden] = embeds.dims();
+        assert_eq!(rows, batch.num_rows(), "rows of the batch");
+        let mut start = 0;
+        let groups = batch.groups.iter().map(|&Group { samples, tokens }| {
+            let rows = samples * tokens;
+            let group = embeds.clone().narrow(0, start, rows).reshape([samples, tokens, hidden]);
+            let RotaryTable { cos, sin } = self.rotary_table(&batch.positions[start..start + rows], &group);
+            let [_, _, pairs] = cos.dims();
+            let shape = [samples, tokens, pairs];
+            let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
+            start += rows;
+            self.forward_layers(group, &rotary, None).reshape([rows, hidden])
+        });
+        Tensor::cat(groups.collect(), 0)
     }
 }
 
@@ -255,9 +260,9 @@ mod tests {
             let answer = ImageEmbeds::new(answer, sample.targets[0].grid).unwrap();
             let images = [sample.inputs[0].clone(), answer];
             let expected = model.embed(&sample.token_ids, &images, FloatDType::F32).unwrap();
-            assert_close_tensors(&embeds.clone().narrow(0, 1, 1), &expected, 0.0);
+            assert_close_tensors(&embeds.clone().narrow(0, 3, sample.token_ids.len()).unsqueeze(), &expected, 0.0);
             let expected = model.embed(&words().token_ids, &[], FloatDType::F32).unwrap();
-            assert_close_tensors(&embeds.narrow(0, 0, 1).narrow(1, 0, 3), &expected, 0.0);
+            assert_close_tensors(&embeds.narrow(0, 0, 3).unsqueeze(), &expected, 0.0);
         }
     }
 

@@ -21,26 +21,36 @@ pub struct TrainingSample {
     pub targets: Vec<ImageEmbeds>,
 }
 
-/// Samples side by side, padded on the right.
+/// Samples in groups of about the same length, padded on the right.
 ///
-/// Attention is causal, so that no token sees the padding, and the padding has no labels: it changes no loss.
+/// Neighbours share a group, so samples that are given in the order of their lengths need the least padding. Attention
+/// is causal, so that no token sees the padding, and the padding has no labels: it changes no loss.
 #[derive(Debug, Clone)]
 pub struct TrainingBatch {
-    pub(crate) samples: usize,
-    pub(crate) tokens: usize,
+    pub(crate) groups: Vec<Group>,
     /// Ids whose embeddings are looked up, each once.
     pub(crate) vocabulary: Vec<u32>,
-    /// `[samples * tokens]`.
+    /// `[rows]`, of one group after the other.
     pub(crate) places: Vec<Place>,
-    /// `[samples * tokens]`.
+    /// `[rows]`.
     pub(crate) positions: Vec<[i64; 3]>,
     pub(crate) inputs: Vec<ImageEmbeds>,
     pub(crate) targets: Vec<ImageEmbeds>,
-    /// Rows of `[samples * tokens]` whose next token is learned, and that token.
+    /// Rows whose next token is learned, and that token.
     pub(crate) text_labels: Vec<(usize, u32)>,
-    /// Rows of `[samples * tokens]` whose next token is an embedding of an answer, in the order of `targets`.
+    /// Rows whose next token is an embedding of an answer, in the order of `targets`.
     pub(crate) image_labels: Vec<usize>,
 }
+
+/// Neighbouring samples that are padded to the same length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) samples: usize,
+    pub(crate) tokens: usize,
+}
+
+/// Part of a sample's length that may be padding.
+const PADDING_SHARE: usize = 8;
 
 /// What stands at a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,28 +72,39 @@ impl TrainingBatch {
     /// [`ArError::TokenOutOfVocabulary`], [`ArError::EmbedWidth`], [`ArError::EmbedBatch`], [`ArError::ImageCount`],
     /// [`ArError::ImageTokens`], [`ArError::AnswerImages`], [`ArError::AnswerTokens`].
     pub fn new(samples: Vec<TrainingSample>, config: &ArConfig) -> Result<Self, ArError> {
-        let tokens = samples.iter().map(|sample| sample.token_ids.len()).max().ok_or(ArError::EmptyBatch)?;
+        let lengths: Vec<usize> = samples.iter().map(|sample| sample.token_ids.len()).collect();
+        if lengths.is_empty() {
+            return Err(ArError::EmptyBatch);
+        }
+        let groups = groups(&lengths);
+        let padded: Vec<usize> =
+            groups.iter().flat_map(|group| std::iter::repeat_n(group.tokens, group.samples)).collect();
         let mut batch = Self {
-            samples: samples.len(),
-            tokens,
+            groups,
             vocabulary: vec![],
-            places: Vec::with_capacity(samples.len() * tokens),
-            positions: Vec::with_capacity(samples.len() * tokens),
+            places: vec![],
+            positions: vec![],
             inputs: vec![],
             targets: vec![],
             text_labels: vec![],
             image_labels: vec![],
         };
         let mut rows = Rows::default();
-        for (index, sample) in samples.into_iter().enumerate() {
+        for (index, (sample, tokens)) in samples.into_iter().zip(padded).enumerate() {
             batch
-                .push(sample, config, &mut rows)
+                .push(sample, tokens, config, &mut rows)
                 .map_err(|source| ArError::Sample { index, source: Box::new(source) })?;
         }
         Ok(batch)
     }
 
-    fn push(&mut self, sample: TrainingSample, config: &ArConfig, rows: &mut Rows) -> Result<(), ArError> {
+    fn push(
+        &mut self,
+        sample: TrainingSample,
+        padded: usize,
+        config: &ArConfig,
+        rows: &mut Rows,
+    ) -> Result<(), ArError> {
         check(&sample, config)?;
         let TrainingSample { token_ids, labels, inputs, targets } = sample;
         let image = config.token_ids.image_token_id;
@@ -105,7 +126,7 @@ impl TrainingBatch {
             }
         }
         self.positions.extend(positions);
-        let end = start + self.tokens;
+        let end = start + padded;
         // Anything may stand there; the row of a token that is looked up anyway costs nothing.
         self.places.resize(end, Place::Token(0));
         self.positions.resize(end, [1; 3]);
@@ -122,12 +143,12 @@ impl TrainingBatch {
 
     /// Number of samples.
     pub fn num_samples(&self) -> usize {
-        self.samples
+        self.groups.iter().map(|group| group.samples).sum()
     }
 
-    /// Length of the longest sample, to which all are padded.
-    pub fn num_tokens(&self) -> usize {
-        self.tokens
+    /// Number of tokens of all samples, padding included.
+    pub fn num_rows(&self) -> usize {
+        self.places.len()
     }
 
     /// Number of text tokens that are learned, over which the cross entropy is a mean.
@@ -139,6 +160,28 @@ impl TrainingBatch {
     pub fn num_image_labels(&self) -> usize {
         self.image_labels.len()
     }
+}
+
+/// Neighbours whose lengths differ by little.
+fn groups(lengths: &[usize]) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    let mut shortest = 0;
+    for &length in lengths {
+        match groups.last_mut() {
+            Some(Group { samples, tokens })
+                if length.max(*tokens) - length.min(shortest) <= length.max(*tokens) / PADDING_SHARE =>
+            {
+                *samples += 1;
+                *tokens = length.max(*tokens);
+                shortest = length.min(shortest);
+            }
+            _ => {
+                groups.push(Group { samples: 1, tokens: length });
+                shortest = length;
+            }
+        }
+    }
+    groups
 }
 
 /// Counts over the samples of a batch.
@@ -321,20 +364,39 @@ pub(crate) mod tests {
     fn every_place_and_label_is_found() {
         let batch = TrainingBatch::new(vec![words(), editing()], &tiny()).unwrap();
         let length = editing().token_ids.len();
-        assert_eq!((batch.num_samples(), batch.num_tokens()), (2, length));
+        assert_eq!(batch.groups, [Group { samples: 1, tokens: 3 }, Group { samples: 1, tokens: length }]);
+        assert_eq!((batch.num_samples(), batch.num_rows()), (2, 3 + length));
         assert_eq!((batch.num_text_labels(), batch.num_image_labels()), (2 + 4, 81));
         assert_eq!(batch.vocabulary, [2, 5, 14, 1, BOI, EOI, 3, 4]);
-        let second = &batch.places[length..];
+        let second = &batch.places[3..];
         assert_eq!(second[1..5], [Place::Token(0), Place::Token(4), Place::Input(0), Place::Input(1)]);
         assert_eq!(second[12..15], [Place::Token(4), Place::Answer(0), Place::Answer(1)]);
         // The token that begins the picture predicts its first embedding.
-        assert_eq!(batch.image_labels[..2], [length + 12, length + 13]);
-        assert_eq!(batch.text_labels[..3], [(0, 5), (1, 14), (length + 10, 4)]);
-        assert_eq!(batch.positions[3..length], vec![[1; 3]; length - 3]);
+        assert_eq!(batch.image_labels[..2], [3 + 12, 3 + 13]);
+        assert_eq!(batch.text_labels[..3], [(0, 5), (1, 14), (3 + 10, 4)]);
         // Text 0..3, a picture of 2x3, text 6..10, a picture of 9x9.
-        assert_eq!(batch.positions[length + 8], [3, 4, 5]);
-        assert_eq!(batch.positions[length + 13 + 80], [10, 18, 18]);
-        assert_eq!(batch.positions[length + 13 + 81], [19; 3]);
+        assert_eq!(batch.positions[3 + 8], [3, 4, 5]);
+        assert_eq!(batch.positions[3 + 13 + 80], [10, 18, 18]);
+        assert_eq!(batch.positions[3 + 13 + 81], [19; 3]);
+    }
+
+    #[test]
+    fn neighbours_of_about_the_same_length_are_padded_together() {
+        let group = |samples, tokens| Group { samples, tokens };
+        assert_eq!(groups(&[70, 75, 80, 81]), [group(3, 80), group(1, 81)]);
+        assert_eq!(groups(&[80, 70, 160, 8, 8]), [group(2, 80), group(1, 160), group(2, 8)]);
+        let mut longer = words();
+        longer.token_ids.extend([1; 15]);
+        longer.labels.extend([Some(1); 15]);
+        let shorter = TrainingSample {
+            token_ids: longer.token_ids[..16].to_vec(),
+            labels: longer.labels[..16].to_vec(),
+            ..words()
+        };
+        let batch = TrainingBatch::new(vec![shorter, longer], &tiny()).unwrap();
+        assert_eq!(batch.groups, [group(2, 18)]);
+        assert_eq!(batch.positions[16..18], [[1; 3]; 2]);
+        assert_eq!(batch.text_labels[15..17], [(18, 5), (19, 14)]);
     }
 
     #[test]

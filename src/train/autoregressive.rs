@@ -1,10 +1,10 @@
 //! Training the language model, and the vision encoder together with it: conversations -> losses.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Tensor},
+    tensor::{Device, FloatDType, Int, Tensor, TensorData},
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
@@ -12,11 +12,17 @@ use nexus_core::{
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
     train::{Draws, InitialWeights, initialize},
 };
-use nexus_data::{Image, Patches, ProcessOptions, Processor, TrainingInput};
-use nexus_vision_encoder::{AppearanceHead, AppearanceInput, AppearanceObjective, VisionConfig, VisionEncoder};
+use nexus_data::{
+    Image, Patches, ProcessOptions, Processor, TrainingInput,
+    world::{LABEL_CLASSES, Scene},
+};
+use nexus_vision_encoder::{
+    AppearanceHead, AppearanceInput, AppearanceObjective, LabelHead, VisionConfig, VisionEncoder,
+};
 
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
+    feed::Conversation,
     trainer::{Losses, MicroBatch, Task},
 };
 use crate::ModelFiles;
@@ -30,6 +36,7 @@ pub(crate) struct LanguageModule {
     ar: ArModel,
     visual: Option<VisionEncoder>,
     appearance_head: Option<AppearanceHead>,
+    label_head: Option<LabelHead>,
 }
 
 /// Training of [`LanguageModule`].
@@ -39,6 +46,8 @@ pub(crate) struct LanguageTask {
     /// The encoder on the plain device, when it is not trained.
     encoder: Option<VisionEncoder>,
     device: Device,
+    /// Samples that come again, with the images as the frozen encoder sees them; of the stage with this seed.
+    encoded: (u64, HashMap<u64, TrainingSample>),
 }
 
 /// Released names, and those of the head that no file keeps.
@@ -52,8 +61,10 @@ const NAMES: WeightNames = WeightNames {
     unused: &[],
 };
 
-/// Names of the head alone, as in [`NAMES`].
-const HEAD_NAMES: WeightNames = WeightNames { prefix: "appearance_head.", renames: &[], unused: &[] };
+/// Names of one head alone, as in [`NAMES`].
+const fn head_names(prefix: &'static str) -> WeightNames {
+    WeightNames { prefix, renames: &[], unused: &[] }
+}
 
 impl LanguageTask {
     pub(crate) fn open(
@@ -71,13 +82,17 @@ impl LanguageTask {
             let checkpoint = files.open_language_model()?;
             Ok::<_, TrainError>(VisionEncoder::load(&checkpoint, &vision_config, device, &options)?)
         };
-        let head = |width| AppearanceHead::new(width, HEAD_HIDDEN, &tracked);
+        let width = config.hidden_size;
+        let learns_labels = trains_encoder && recipe.stages.iter().any(|stage| stage.loss.label_weight > 0.0);
+        let appearance_head = trains_encoder.then(|| AppearanceHead::new(width, HEAD_HIDDEN, &tracked));
+        let label_head = learns_labels.then(|| LabelHead::new(width, &LABEL_CLASSES, &tracked));
         let (module, encoder) = match &recipe.initial {
             Initial::Random(weights) => {
                 let module = LanguageModule {
                     ar: ArModel::new(&config, &tracked)?,
                     visual: trains_encoder.then(|| VisionEncoder::new(&vision_config, &tracked)),
-                    appearance_head: trains_encoder.then(|| head(config.hidden_size)),
+                    appearance_head,
+                    label_head,
                 };
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
                 (initialize(module, &NAMES, weights), encoder)
@@ -90,59 +105,129 @@ impl LanguageTask {
                     false => None,
                 };
                 let fresh = InitialWeights { seed: recipe.seed, gain: 1.0, zero: vec![] };
-                let appearance_head = trains_encoder.then(|| initialize(head(config.hidden_size), &HEAD_NAMES, &fresh));
+                let appearance_head =
+                    appearance_head.map(|head| initialize(head, &head_names("appearance_head."), &fresh));
+                let label_head = label_head.map(|head| initialize(head, &head_names("label_head."), &fresh));
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
-                (LanguageModule { ar, visual, appearance_head }, encoder)
+                (LanguageModule { ar, visual, appearance_head, label_head }, encoder)
             }
         };
-        Ok(Self { processor: Processor::open(&files.nexus)?, module, encoder, device: tracked })
+        Ok(Self {
+            processor: Processor::open(&files.nexus)?,
+            module,
+            encoder,
+            device: tracked,
+            encoded: Default::default(),
+        })
     }
 
-    /// The samples of a micro-batch that can be used.
-    fn inputs(&self, batch: MicroBatch<'_>) -> Result<Vec<TrainingInput>, TrainError> {
-        let mut inputs = Vec::new();
-        for number in batch.samples {
-            let Some(messages) = batch.feed.conversation(number)? else { continue };
-            match self.processor.training_input(&messages, &ProcessOptions::default()) {
-                Ok(input) => inputs.push(input),
-                Err(error) => batch.feed.reject(number, &error)?,
-            }
+    /// One sample of a micro-batch, and what its images show where that is known; `None` if it cannot be used.
+    fn input(
+        &self,
+        batch: &mut MicroBatch<'_>,
+        number: u64,
+    ) -> Result<Option<(TrainingInput, Vec<Scene>)>, TrainError> {
+        let Some(Conversation { messages, scenes }) = batch.feed.conversation(number)? else { return Ok(None) };
+        match self.processor.training_input(&messages, &ProcessOptions::default()) {
+            Ok(input) => Ok(Some((input, scenes))),
+            Err(error) => batch.feed.reject(number, &error).map(|()| None),
         }
-        Ok(inputs)
     }
 
-    /// Embeddings of many images in one pass, with what is needed to look at their pixels again.
-    fn encode(&self, module: &LanguageModule, patches: Vec<Patches>, dtype: FloatDType) -> Result<Encoded, TrainError> {
+    /// Samples with images from the frozen encoder; those that come again are encoded once.
+    fn frozen_samples(
+        &mut self,
+        encoder: &VisionEncoder,
+        mut batch: MicroBatch<'_>,
+    ) -> Result<Vec<TrainingSample>, TrainError> {
+        let (dtype, device) = (compute_dtype(batch.stage), self.device.clone().inner());
+        let encode = |images: Vec<Patches>| {
+            let encode_one = |patches: Patches| {
+                let grid = patches.grid;
+                let values = encoder.forward(patches.into_tensor(&device).cast(dtype), &[grid]);
+                Ok(ImageEmbeds::new(Tensor::from_inner(values), grid)?)
+            };
+            images.into_iter().map(encode_one).collect::<Result<Vec<_>, TrainError>>()
+        };
+        if self.encoded.0 != batch.seed {
+            self.encoded = (batch.seed, HashMap::new());
+        }
+        let mut samples = Vec::new();
+        for number in batch.samples.clone() {
+            let first = batch.feed.first(number);
+            if let Some(known) = self.encoded.1.get(&first) {
+                samples.push(known.clone());
+                continue;
+            }
+            let Some((input, _)) = self.input(&mut batch, number)? else { continue };
+            let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
+            let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
+            let sample = TrainingSample { token_ids, labels, inputs, targets };
+            if batch.stage.decoder.distinct_samples.is_some() {
+                self.encoded.1.insert(first, sample.clone());
+            }
+            samples.push(sample);
+        }
+        Ok(samples)
+    }
+
+    /// Samples with images from the encoder that is trained, in one pass, and what is needed to look at them again.
+    fn trained_samples(
+        &self,
+        encoder: &VisionEncoder,
+        mut batch: MicroBatch<'_>,
+    ) -> Result<(Vec<TrainingSample>, Option<Seen>), TrainError> {
+        let (mut texts, mut patches, mut shown) = (Vec::new(), Vec::new(), Vec::new());
+        for number in batch.samples.clone() {
+            let Some((input, scenes)) = self.input(&mut batch, number)? else { continue };
+            let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
+            let images = input_images.len() + answer_images.len();
+            shown.extend(if scenes.len() == images {
+                scenes.into_iter().map(Some).collect()
+            } else {
+                vec![None; images]
+            });
+            texts.push((token_ids, labels, input_images.len(), answer_images.len()));
+            patches.extend(input_images.into_iter().chain(answer_images));
+        }
         let grids: Vec<GridThw> = patches.iter().map(|patches| patches.grid).collect();
-        if grids.is_empty() {
-            return Ok(Encoded { embeds: vec![], all: None, grids });
-        }
-        let (encoder, device) = match (&module.visual, &self.encoder) {
-            (Some(encoder), _) => (encoder, self.device.clone()),
-            (None, Some(encoder)) => (encoder, self.device.clone().inner()),
-            (None, None) => return Ok(Encoded { embeds: vec![], all: None, grids }),
-        };
-        let pixels = Tensor::cat(patches.into_iter().map(|patches| patches.into_tensor(&device)).collect(), 0);
-        let mut values = encoder.forward(pixels.clone().cast(dtype), &grids);
-        let mut pixels = pixels;
-        if module.visual.is_none() {
-            (values, pixels) = (Tensor::from_inner(values), Tensor::from_inner(pixels));
-        }
-        let mut start = 0;
-        let embeds = grids.iter().map(|&grid| {
-            let tokens = grid.num_merged_tokens();
-            start += tokens;
-            Ok(ImageEmbeds::new(values.clone().narrow(1, start - tokens, tokens), grid)?)
+        let seen = (!grids.is_empty()).then(|| {
+            let pixels = patches.into_iter().map(|patches| patches.into_tensor(&self.device)).collect();
+            let pixels: Tensor<2> = Tensor::cat(pixels, 0);
+            let embeds = encoder.forward(pixels.clone().cast(compute_dtype(batch.stage)), &grids);
+            Seen { embeds, pixels, grids, shown }
         });
-        Ok(Encoded { embeds: embeds.collect::<Result<_, TrainError>>()?, all: Some((values, pixels)), grids })
+        let images = seen.iter().flat_map(Seen::images).collect::<Result<Vec<_>, TrainError>>()?;
+        let mut images = images.into_iter();
+        let samples = texts.into_iter().map(|(token_ids, labels, num_inputs, num_answers)| {
+            let inputs = images.by_ref().take(num_inputs).collect();
+            TrainingSample { token_ids, labels, inputs, targets: images.by_ref().take(num_answers).collect() }
+        });
+        Ok((samples.collect(), seen))
     }
 }
 
-struct Encoded {
-    embeds: Vec<ImageEmbeds>,
-    /// `[1, tokens, hidden]` of all images, and their patches.
-    all: Option<(Tensor<3>, Tensor<2>)>,
+/// Images of a micro-batch as the encoder that is trained sees them.
+struct Seen {
+    /// `[1, tokens, hidden]` of all images.
+    embeds: Tensor<3>,
+    /// `[patches, 1176]` of all images.
+    pixels: Tensor<2>,
     grids: Vec<GridThw>,
+    /// The truth of every image, where it is known.
+    shown: Vec<Option<Scene>>,
+}
+
+impl Seen {
+    /// Embeddings of each image.
+    fn images(&self) -> impl Iterator<Item = Result<ImageEmbeds, TrainError>> {
+        let mut start = 0;
+        self.grids.iter().map(move |&grid| {
+            let tokens = grid.num_merged_tokens();
+            start += tokens;
+            Ok(ImageEmbeds::new(self.embeds.clone().narrow(1, start - tokens, tokens), grid)?)
+        })
+    }
 }
 
 impl Task for LanguageTask {
@@ -158,27 +243,21 @@ impl Task for LanguageTask {
 
     fn loss(&mut self, module: &LanguageModule, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
         let (stage, seed, first) = (batch.stage, batch.seed, batch.samples.start);
-        let (weights, dtype) = (stage.loss, compute_dtype(stage));
-        let inputs = self.inputs(batch)?;
-        if inputs.is_empty() {
+        let (mut samples, seen) = match (&module.visual, self.encoder.clone()) {
+            (Some(encoder), _) => self.trained_samples(encoder, batch)?,
+            (None, Some(encoder)) => (self.frozen_samples(&encoder, batch)?, None),
+            (None, None) => return Ok(None),
+        };
+        if samples.is_empty() {
             return Ok(None);
         }
-        let mut patches = Vec::new();
-        let mut samples = Vec::with_capacity(inputs.len());
-        for input in inputs {
-            let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
-            samples.push((token_ids, labels, input_images.len(), answer_images.len()));
-            patches.extend(input_images.into_iter().chain(answer_images));
-        }
-        let encoded = self.encode(module, patches, dtype)?;
-        let mut embeds = encoded.embeds.into_iter();
-        let samples = samples.into_iter().map(|(token_ids, labels, num_inputs, num_answers)| {
-            let inputs = embeds.by_ref().take(num_inputs).collect();
-            TrainingSample { token_ids, labels, inputs, targets: embeds.by_ref().take(num_answers).collect() }
-        });
-        let batch = TrainingBatch::new(samples.collect(), module.ar.config())?;
-        let LossRecipe { token_weight, image_weight, prefill, appearance_weight, embeds_noise, .. } = weights;
-        let loss = ArObjective { token_weight, image_weight, prefill }.loss(&module.ar, &batch, dtype)?;
+        // Neighbours of about the same length need less padding.
+        samples.sort_by_key(|sample| sample.token_ids.len());
+        let batch = TrainingBatch::new(samples, module.ar.config())?;
+        let LossRecipe { token_weight, image_weight, prefill, appearance_weight, label_weight, embeds_noise, .. } =
+            stage.loss;
+        let loss =
+            ArObjective { token_weight, image_weight, prefill }.loss(&module.ar, &batch, compute_dtype(stage))?;
         let mut losses = Losses {
             total: loss.total,
             parts: vec![
@@ -188,25 +267,54 @@ impl Task for LanguageTask {
                 ("cosine", loss.cosine),
             ],
         };
-        if let (Some(head), Some((embeds, pixels))) = (&module.appearance_head, encoded.all) {
+        if let (Some(head), Some(Seen { embeds, pixels, grids, shown })) = (&module.appearance_head, seen) {
             let noise = Draws::new(seed, "embeds noise", first).normal(embeds.dims(), &self.device) * embeds_noise;
+            let noisy = embeds.clone() + noise.clone();
             let appearance = AppearanceObjective::default()
-                .loss(head, AppearanceInput { embeds, patches: pixels, grids: &encoded.grids, noise });
+                .loss(head, AppearanceInput { embeds, patches: pixels, grids: &grids, noise });
             losses.total = losses.total + appearance.total * appearance_weight;
             losses.parts.extend([("pixels", appearance.pixels), ("position", appearance.position)]);
+            if let Some(labels) = label_loss(module.label_head.as_ref(), noisy, &grids, &shown) {
+                losses.total = losses.total + labels.clone() * label_weight;
+                losses.parts.push(("labels", labels));
+            }
         }
         Ok(Some(losses))
     }
 
     fn export(&self, module: LanguageModule, dir: &Path) -> Result<(), TrainError> {
         let visual = module.visual.or_else(|| self.encoder.clone());
-        let module = LanguageModule { ar: module.ar, visual, appearance_head: None };
+        let module = LanguageModule { ar: module.ar, visual, appearance_head: None, label_head: None };
         Ok(save_module_as(&module, &NAMES, &dir.join("model.safetensors"), FloatDType::BF16)?)
     }
 
     fn samples(&mut self, _: &LanguageModule, _: &StageRecipe) -> Result<Option<Image>, TrainError> {
         Ok(None)
     }
+}
+
+/// Cross entropy of what the tokens of known scenes show; `None` if there is nothing to learn it from.
+///
+/// # Shapes
+/// - `embeds`: `[1, tokens, hidden]` of all images
+fn label_loss(
+    head: Option<&LabelHead>,
+    embeds: Tensor<3>,
+    grids: &[GridThw],
+    shown: &[Option<Scene>],
+) -> Option<Tensor<1>> {
+    let (mut rows, mut labels, mut start) = (Vec::new(), Vec::new(), 0);
+    for (grid, scene) in grids.iter().zip(shown) {
+        let end = start + grid.num_merged_tokens() as i64;
+        if let Some(scene) = scene {
+            rows.extend(start..end);
+            labels.extend(scene.token_labels(grid.merged_h(), grid.merged_w()).into_iter().flatten());
+        }
+        start = end;
+    }
+    let head = head.filter(|_| !rows.is_empty())?;
+    let rows = Tensor::<1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &embeds.device());
+    Some(head.loss(embeds.squeeze_dim::<2>(0).select(0, rows), &labels))
 }
 
 /// The device on which gradients are tracked.

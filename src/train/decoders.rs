@@ -25,6 +25,7 @@ use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 use super::{
     Initial, Recipe, StageRecipe, TrainError,
     autoregressive::{compute_dtype, training_device},
+    feed::Conversation,
     pretraining::{answer_and_source, tensor},
     sheet,
     trainer::{Losses, MicroBatch, Task},
@@ -263,7 +264,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         let mut encoded = match self.encoded.1.remove(&first) {
             Some(known) => known,
             None => {
-                let Some(messages) = batch.feed.conversation(number)? else { return Ok(None) };
+                let Some(Conversation { messages, .. }) = batch.feed.conversation(number)? else { return Ok(None) };
                 match self.encode(messages, stage.decoder.picture_px)? {
                     Ok(encoded) => encoded,
                     Err(reason) => {

@@ -54,7 +54,7 @@ pub enum TrainError {
         rejected: PathBuf,
     },
     /// A pattern of the recipe means nothing.
-    #[error("stage `{stage}`: `{pattern}` in `frozen` matches no parameter")]
+    #[error("stage `{stage}`: `{pattern}` in `frozen` or `muon` matches no parameter")]
     UnknownPattern {
         /// Stage of the recipe.
         stage: String,

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use nexus_data::{
     Message, MessagesFile, Mixture, RejectedSamples,
-    world::{Kind, Split, Task, World},
+    world::{Kind, Sample, Scene, Split, Task, World},
 };
 
 use super::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
@@ -16,6 +16,13 @@ pub(crate) struct Feed {
     rejected: RejectedSamples,
     /// Samples after which the first comes again.
     distinct: Option<u64>,
+}
+
+/// A sample, and what its images show where that is known.
+pub(crate) struct Conversation {
+    pub(crate) messages: Vec<Message>,
+    /// The truth of every image in order, or nothing.
+    pub(crate) scenes: Vec<Scene>,
 }
 
 enum OpenSource {
@@ -51,14 +58,15 @@ impl Feed {
     }
 
     /// The conversation of a sample; `None` if it was set aside.
-    pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Vec<Message>>, TrainError> {
+    pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Conversation>, TrainError> {
         let pick = self.mixture.pick(self.first(number));
         let failed = match &self.sources[pick.source] {
             OpenSource::World { world, task, kinds } => {
-                return Ok(Some(world.sample_of(*task, kinds, Split::Train, pick.index).messages));
+                let Sample { messages, scenes, .. } = world.sample_of(*task, kinds, Split::Train, pick.index);
+                return Ok(Some(Conversation { messages, scenes }));
             }
             OpenSource::Messages(file) => match file.get(pick.index) {
-                Ok(messages) => return Ok(Some(messages)),
+                Ok(messages) => return Ok(Some(Conversation { messages, scenes: vec![] })),
                 Err(error) => error,
             },
         };

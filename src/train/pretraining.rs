@@ -17,6 +17,7 @@ use nexus_diffusion::{
 use super::{
     Initial, Recipe, StageRecipe, TrainError,
     autoregressive::{compute_dtype, training_device},
+    feed::Conversation,
     run::write_whole,
     sheet,
     trainer::{Losses, MicroBatch, Task},
@@ -65,7 +66,7 @@ impl Task for AutoencoderTask {
         let (mut pictures, mut noise) = (Vec::new(), Vec::new());
         let size = LatentSize::from_pixels(side, side)?;
         for number in samples {
-            let Some(messages) = feed.conversation(number)? else { continue };
+            let Some(Conversation { messages, .. }) = feed.conversation(number)? else { continue };
             let Some(image) = images(&messages).pop() else {
                 feed.reject(number, &"no image")?;
                 continue;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nexus_core::{
     config::{ConfigError, read_json},
-    train::{AdamWOptions, InitialWeights, NamePattern},
+    train::{AdamWOptions, InitialWeights, MuonOptions, NamePattern},
 };
 use nexus_data::world;
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,9 @@ pub struct StageRecipe {
     /// Settings of AdamW.
     #[serde(default)]
     pub optimizer: AdamWOptions,
+    /// Matrices that Muon steps instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonOptions>,
     /// Largest norm of all gradients together; longer ones are scaled down to it.
     #[serde(default)]
     pub max_grad_norm: Option<f64>,
@@ -196,7 +199,9 @@ pub struct LossRecipe {
     pub prefill: bool,
     /// Vision encoder: reconstruction of pixels and positions from embeddings.
     pub appearance_weight: f64,
-    /// Vision encoder: noise on the embeddings before reconstruction, relative to their size.
+    /// Vision encoder: classes of what every token shows, where the source knows them.
+    pub label_weight: f64,
+    /// Vision encoder: noise on the embeddings before reconstruction and labels, relative to their size.
     pub embeds_noise: f64,
     /// Autoencoder: differences of neighbouring pixels.
     pub gradient_weight: f64,
@@ -211,6 +216,7 @@ impl Default for LossRecipe {
             image_weight: 3.0,
             prefill: true,
             appearance_weight: 1.0,
+            label_weight: 0.0,
             embeds_noise: 0.2,
             gradient_weight: 1.0,
             kl_weight: 1e-6,
@@ -218,7 +224,7 @@ impl Default for LossRecipe {
     }
 }
 
-/// What only the decoders' stages need.
+/// What the decoders' stages need.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DecoderRecipe {
@@ -230,8 +236,8 @@ pub struct DecoderRecipe {
     pub condition_dropout: f64,
     /// Share of samples that are conditioned on the autoregressive model's prediction instead of the true embeddings.
     pub predicted_embeds: f64,
-    /// Number of samples that are seen again and again with other noise, and that the decoders' stages encode once and
-    /// keep in memory; without it, every sample is new.
+    /// Number of samples that are seen again and again, and that are encoded once and kept in memory, by the decoders'
+    /// stages and by the language model's; without it, every sample is new.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distinct_samples: Option<u64>,
 }
@@ -341,6 +347,9 @@ impl StageRecipe {
         if betas.iter().any(|beta| !(0.0..1.0).contains(beta)) || eps.is_nan() || eps <= 0.0 || weight_decay < 0.0 {
             return wrong("optimizer", "betas must lie in 0..1, eps above 0, weight_decay not below 0".to_string());
         }
+        if self.muon.as_ref().is_some_and(|muon| !(0.0..1.0).contains(&muon.momentum)) {
+            return wrong("muon", "momentum must lie in 0..1".to_string());
+        }
         if self.max_grad_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
             return wrong("max_grad_norm", "must be positive; leave it out for no limit".to_string());
         }
@@ -360,6 +369,14 @@ impl StageRecipe {
             return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
+        if self.loss.label_weight > 0.0 {
+            if part != TrainedPart::VisionEncoder {
+                return wrong("label_weight", format!("has no meaning for {part:?}"));
+            }
+            if !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
+                return wrong("label_weight", "no source of the stage knows what its pictures show".to_string());
+            }
+        }
         if !is_decoder && predicted_embeds > 0.0 {
             return wrong("predicted_embeds", format!("has no meaning for {part:?}"));
         }

@@ -12,7 +12,7 @@ use burn::{
 };
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors},
-    train::{GradientSum, Optimizer, WeightAverage, freeze},
+    train::{GradientSum, NamePattern, Optimizer, WeightAverage, freeze},
 };
 use nexus_data::Image;
 use serde::Serialize;
@@ -116,8 +116,14 @@ pub(crate) fn train<T: Task>(
             return Err(TrainError::UnknownPattern { stage, pattern });
         }
         let is_frozen = |name: &str| stage.frozen.iter().any(|pattern| pattern.matches(name));
-        if module_layout(&module, &names).iter().all(|(name, _)| is_frozen(name)) {
+        let layout = module_layout(&module, &names);
+        if layout.iter().all(|(name, _)| is_frozen(name)) {
             return Err(TrainError::NothingTrained { stage: stage.name.clone() });
+        }
+        let is_unknown = |pattern: &&NamePattern| !layout.iter().any(|(name, _)| pattern.matches(name));
+        if let Some(pattern) = stage.muon.iter().flat_map(|muon| &muon.matrices).find(is_unknown) {
+            let (stage, pattern) = (stage.name.clone(), pattern.0.clone());
+            return Err(TrainError::UnknownPattern { stage, pattern });
         }
         let mut progress = StageProgress::begin(&module, &names, stage, &state, saved.take(), device)?;
         let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
@@ -223,13 +229,13 @@ impl StageProgress {
     ) -> Result<Self, TrainError> {
         let Some(saved) = saved.filter(|_| state.stage_steps > 0) else {
             let average = stage.ema_decay.map(WeightAverage::new);
-            return Ok(Self { optimizer: Optimizer::new(stage.optimizer), average });
+            return Ok(Self { optimizer: Optimizer::new(stage.optimizer).with_muon(stage.muon.clone()), average });
         };
         let trained = |name: &str| !stage.frozen.iter().any(|pattern| pattern.matches(name));
         let layout = module_layout(module, names).into_iter().filter(|(name, _)| trained(name));
         let sizes: Vec<(String, usize)> = layout.map(|(name, shape)| (name, shape.iter().product())).collect();
         let file = Checkpoint::open(saved.join(OPTIMIZER))?;
-        let optimizer = Optimizer::restore(stage.optimizer, &file, &sizes, device)?;
+        let optimizer = Optimizer::restore(stage.optimizer, stage.muon.clone(), &file, &sizes, device)?;
         let average = match stage.ema_decay {
             Some(decay) => {
                 let file = Checkpoint::open(saved.join(AVERAGE))?;

@@ -1,4 +1,4 @@
-//! Training words that all models share: gradients by name -> AdamW step -> averaged weights.
+//! Training words that all models share: gradients by name -> AdamW or Muon step -> averaged weights.
 //!
 //! Everything is keyed by the names that parameters have in the released files, so that what is saved can be resumed by
 //! another process, and recipes name frozen parts as anyone finds them in a checkpoint. The loop is the facade's.
@@ -7,6 +7,7 @@ mod average;
 mod draws;
 mod gradients;
 mod initialize;
+mod muon;
 mod optimizer;
 mod pattern;
 
@@ -14,6 +15,7 @@ pub use average::WeightAverage;
 pub use draws::Draws;
 pub use gradients::GradientSum;
 pub use initialize::{InitialWeights, initialize};
+pub use muon::MuonOptions;
 pub use optimizer::{AdamWOptions, Optimizer};
 pub use pattern::{NamePattern, freeze};
 

@@ -1,4 +1,4 @@
-//! AdamW over the parameters of a module: gradients by name -> the module after one step.
+//! AdamW, and Muon for chosen matrices, over a module: gradients by name -> the module after one step.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,14 @@ use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimiz
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{GradientSum, TrainStateError};
+use super::{GradientSum, MuonOptions, TrainStateError, muon::Muon};
 use crate::checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
 
 /// Names of the moments in a saved state, as PyTorch calls them.
 const MOMENTS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
+
+/// Name of Muon's momentum in a saved state, as PyTorch calls it.
+const VELOCITY: &str = "momentum_buffer.";
 
 /// Name of the number of steps of each parameter in a saved state.
 const STEP: &str = "step.";
@@ -34,11 +37,12 @@ impl Default for AdamWOptions {
     }
 }
 
-/// AdamW with the moments of every parameter, by name.
+/// AdamW and Muon with the moments of every parameter, by name.
 pub struct Optimizer {
     adamw: AdamW,
     options: AdamWOptions,
     states: BTreeMap<String, AdamWState<1>>,
+    muon: Option<Muon>,
 }
 
 impl Optimizer {
@@ -46,7 +50,14 @@ impl Optimizer {
     pub fn new(options: AdamWOptions) -> Self {
         let AdamWOptions { betas: [beta_1, beta_2], eps, .. } = options;
         let config = AdamWConfig::new().with_beta_1(beta_1).with_beta_2(beta_2).with_epsilon(eps);
-        Self { adamw: config.with_weight_decay(options.weight_decay).build(), options, states: BTreeMap::new() }
+        let adamw = config.with_weight_decay(options.weight_decay).build();
+        Self { adamw, options, states: BTreeMap::new(), muon: None }
+    }
+
+    /// Lets matrices take steps of Muon; none has taken one yet.
+    pub fn with_muon(mut self, muon: Option<MuonOptions>) -> Self {
+        self.muon = muon.map(|muon| Muon::new(muon, self.options.weight_decay));
+        self
     }
 
     /// Its settings.
@@ -59,7 +70,22 @@ impl Optimizer {
         module.map(&mut Stepper { optimizer: self, names, gradients, lr, path: ModulePath::default() })
     }
 
-    /// One parameter's step: in one pass over all values on the CPU, by burn elsewhere.
+    /// One parameter's step.
+    fn step_of(&mut self, name: String, dims: &[usize], lr: f64, value: Tensor<1>, gradient: Tensor<1>) -> Tensor<1> {
+        if let (Some(muon), &[rows, cols]) = (&mut self.muon, dims)
+            && muon.takes(&name)
+        {
+            return muon.update(name, [rows, cols], lr, value, gradient);
+        }
+        let state = self.states.remove(&name);
+        let (value, state) = self.update(lr, value, gradient, state);
+        if let Some(state) = state {
+            self.states.insert(name, state);
+        }
+        value
+    }
+
+    /// One parameter's step of AdamW: in one pass over all values on the CPU, by burn elsewhere.
     fn update(
         &self,
         lr: f64,
@@ -96,6 +122,10 @@ impl Optimizer {
             }
             tensors.push((format!("{STEP}{name}"), TensorData::new(vec![*time as i64], [1])));
         }
+        for (name, velocity) in self.muon.iter().flat_map(|muon| &muon.velocities) {
+            let read = |error| TrainStateError::Read { parameter: name.clone(), reason: format!("{error:?}") };
+            tensors.push((format!("{VELOCITY}{name}"), velocity.clone().try_into_data().map_err(read)?));
+        }
         Ok(tensors)
     }
 
@@ -108,29 +138,36 @@ impl Optimizer {
     /// [`TrainStateError::Checkpoint`].
     pub fn restore(
         options: AdamWOptions,
+        muon: Option<MuonOptions>,
         saved: &Checkpoint,
         sizes: &[(String, usize)],
         device: &Device,
     ) -> Result<Self, TrainStateError> {
-        let mut optimizer = Self::new(options);
+        let mut optimizer = Self::new(options).with_muon(muon);
         let has_state =
             |name: &str| [MOMENTS[0], MOMENTS[1], STEP].iter().any(|of| saved.contains(&format!("{of}{name}")));
-        for (name, expected) in sizes.iter().filter(|(name, _)| has_state(name)) {
-            let read = |prefix: &str, expected: usize| {
-                let tensor = format!("{prefix}{name}");
-                match saved.contains(&tensor) {
-                    true => Ok(saved.data(&tensor)?).and_then(|data| match data.shape().num_elements() == expected {
-                        true => Ok(data),
-                        false => Err(TrainStateError::State { tensor, expected }),
-                    }),
+        let read = |prefix: &str, name: &str, expected: usize| {
+            let tensor = format!("{prefix}{name}");
+            match saved.contains(&tensor) {
+                true => Ok(saved.data(&tensor)?).and_then(|data| match data.shape().num_elements() == expected {
+                    true => Ok(data),
                     false => Err(TrainStateError::State { tensor, expected }),
-                }
-            };
+                }),
+                false => Err(TrainStateError::State { tensor, expected }),
+            }
+        };
+        if let Some(muon) = &mut optimizer.muon {
+            for (name, expected) in sizes.iter().filter(|(name, _)| saved.contains(&format!("{VELOCITY}{name}"))) {
+                let velocity = Tensor::from_data(read(VELOCITY, name, *expected)?, (device, DType::F32));
+                muon.velocities.insert(name.clone(), velocity);
+            }
+        }
+        for (name, expected) in sizes.iter().filter(|(name, _)| has_state(name)) {
             let [moment_1, moment_2] = MOMENTS.map(|prefix| -> Result<Tensor<1>, TrainStateError> {
-                Ok(Tensor::from_data(read(prefix, *expected)?, (device, DType::F32)))
+                Ok(Tensor::from_data(read(prefix, name, *expected)?, (device, DType::F32)))
             });
             let (moment_1, moment_2) = (moment_1?, moment_2?);
-            let time = read(STEP, 1)?.try_to_vec_as::<i64>().ok().and_then(|time| usize::try_from(time[0]).ok());
+            let time = read(STEP, name, 1)?.try_to_vec_as::<i64>().ok().and_then(|time| usize::try_from(time[0]).ok());
             let Some(time) = time else {
                 return Err(TrainStateError::State { tensor: format!("{STEP}{name}"), expected: 1 });
             };
@@ -159,11 +196,7 @@ impl ModuleMapper for Stepper<'_> {
         let dims = value.dims();
         let strategy = value.gradient_checkpointing_strategy();
         let flat = value.inner().reshape([gradient.dims()[0]]);
-        let state = self.optimizer.states.remove(&name);
-        let (flat, state) = self.optimizer.update(self.lr, flat, gradient, state);
-        if let Some(state) = state {
-            self.optimizer.states.insert(name, state);
-        }
+        let flat = self.optimizer.step_of(name, &dims, self.lr, flat, gradient);
         let mut value: Tensor<D> = Tensor::from_inner(flat.reshape(dims));
         if let Some(strategy) = strategy {
             value = value.with_gradient_checkpointing_strategy(strategy);
@@ -175,6 +208,7 @@ impl ModuleMapper for Stepper<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::NamePattern;
     use crate::{
         checkpoint::write_safetensors,
         nn::Linear,
@@ -259,18 +293,42 @@ mod tests {
         write_safetensors(&path, optimizer.state().unwrap(), None).unwrap();
         let sizes = [("layer.weight".to_string(), 4)];
         let saved = Checkpoint::open(&path).unwrap();
-        let mut restored = Optimizer::restore(options, &saved, &sizes, &cpu()).unwrap();
+        let mut restored = Optimizer::restore(options, None, &saved, &sizes, &cpu()).unwrap();
         let went_on = optimizer.step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
         let resumed = restored.step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
         assert_eq!(values(went_on.weight.val()), values(resumed.weight.val()));
         let other = [("layer.weight".to_string(), 5)];
-        let error = Optimizer::restore(options, &saved, &other, &cpu()).err().unwrap();
+        let error = Optimizer::restore(options, None, &saved, &other, &cpu()).err().unwrap();
         assert!(matches!(error, TrainStateError::State { expected: 5, .. }), "{error}");
         let mut parts = optimizer.state().unwrap();
         parts.pop();
         write_safetensors(&path, parts, None).unwrap();
-        let error = Optimizer::restore(options, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).err().unwrap();
+        let error = Optimizer::restore(options, None, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).err().unwrap();
         assert!(matches!(error, TrainStateError::State { expected: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_restored_momentum_goes_on_bit_for_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("optimizer.safetensors");
+        let muon = Some(MuonOptions { matrices: vec![NamePattern("*.weight".into())], momentum: 0.9 });
+        let options = AdamWOptions::default();
+        let mut optimizer = Optimizer::new(options).with_muon(muon.clone());
+        let first = layer();
+        let sum = gradients(&first, 1);
+        let first = optimizer.step(first, &NAMES, sum, 0.01);
+        let names: Vec<String> = optimizer.state().unwrap().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["momentum_buffer.layer.weight"]);
+        write_safetensors(&path, optimizer.state().unwrap(), None).unwrap();
+        let saved = Checkpoint::open(&path).unwrap();
+        let restore = |sizes: usize| {
+            let sizes = [("layer.weight".to_string(), sizes)];
+            Optimizer::restore(options, muon.clone(), &saved, &sizes, &cpu())
+        };
+        let went_on = optimizer.step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
+        let resumed = restore(4).unwrap().step(first.clone(), &NAMES, gradients(&first, 2), 0.01);
+        assert_eq!(values(went_on.weight.val()), values(resumed.weight.val()));
+        assert!(matches!(restore(5).err().unwrap(), TrainStateError::State { expected: 5, .. }));
     }
 
     #[test]
@@ -280,7 +338,8 @@ mod tests {
         let options = AdamWOptions::default();
         write_safetensors(&path, Optimizer::new(options).state().unwrap(), None).unwrap();
         let sizes = [("layer.weight".to_string(), 4)];
-        let mut restored = Optimizer::restore(options, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).unwrap();
+        let mut restored =
+            Optimizer::restore(options, None, &Checkpoint::open(&path).unwrap(), &sizes, &cpu()).unwrap();
         let layer = layer();
         let [new, resumed] = [&mut Optimizer::new(options), &mut restored]
             .map(|optimizer| values(optimizer.step(layer.clone(), &NAMES, gradients(&layer, 1), 0.01).weight.val()));
