@@ -1,6 +1,7 @@
-//! Choosing a device by name: `"cpu"`, `"cuda:0"`, … -> a burn device that is really there.
+//! Choosing a device by name: `"cpu"`, `"cuda:0"`, … -> a burn device that is really there, and what it computes in.
 
-use burn::tensor::{Device, DeviceType};
+use burn::tensor::{Device, DeviceType, FloatDType};
+use nexus_core::checkpoint::LoadDType;
 
 /// Names of the backends and how burn calls them, in the order of preference for messages.
 fn compiled() -> Vec<(&'static str, DeviceType)> {
@@ -56,6 +57,52 @@ pub fn devices() -> Vec<String> {
     compiled().into_iter().flat_map(names).collect()
 }
 
+/// Dtypes of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Precision {
+    /// Of the weights in memory.
+    pub weights: LoadDType,
+    /// Of the activations; norms compute in f32.
+    pub compute: FloatDType,
+}
+
+impl Precision {
+    /// What suits a device: on a CPU weights as stored and f32 activations; elsewhere bf16 for both, or f32 where the
+    /// device has no bf16. f16 is never chosen, because activations of T5 and Qwen2.5 go beyond its range.
+    pub fn of(device: &Device) -> Self {
+        if is_cpu(device) {
+            return Self { weights: LoadDType::AsStored, compute: FloatDType::F32 };
+        }
+        let compute = if device.supports_dtype(FloatDType::BF16) { FloatDType::BF16 } else { FloatDType::F32 };
+        Self { weights: LoadDType::Convert(compute), compute }
+    }
+
+    /// Fails if the device cannot compute in these dtypes.
+    ///
+    /// # Errors
+    /// [`DeviceError::UnsupportedDType`].
+    pub(crate) fn check(self, device: &Device) -> Result<(), DeviceError> {
+        let weights = match self.weights {
+            LoadDType::Convert(dtype) => Some(dtype),
+            LoadDType::AsStored => None,
+        };
+        match [Some(self.compute), weights].into_iter().flatten().find(|&dtype| !device.supports_dtype(dtype)) {
+            Some(dtype) => Err(DeviceError::UnsupportedDType { dtype }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(feature = "flex")]
+fn is_cpu(device: &Device) -> bool {
+    Device::enumerate(DeviceType::Flex).into_iter().any(|cpu| cpu == device.clone().inner())
+}
+
+#[cfg(not(feature = "flex"))]
+fn is_cpu(_: &Device) -> bool {
+    false
+}
+
 /// A device that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
@@ -73,6 +120,12 @@ pub enum DeviceError {
         backend: &'static str,
         /// Backends of this build.
         compiled: Vec<&'static str>,
+    },
+    /// The device cannot compute in this dtype.
+    #[error("the device has no {dtype:?}; leave the dtype out, or choose F32")]
+    UnsupportedDType {
+        /// Dtype asked for.
+        dtype: FloatDType,
     },
     /// The machine has no such device.
     #[error("`{backend}:{index}` is not there: {found} device(s) of this kind were found")]
@@ -107,6 +160,14 @@ mod tests {
         assert!(device("cpu").is_ok() && device("cpu:0").is_ok());
         assert_eq!(device("cpu:1").err(), Some(DeviceError::NotFound { backend: "cpu", index: 1, found: 1 }));
         assert_eq!(devices()[0], "cpu");
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_cpu_computes_in_f32_with_weights_as_stored() {
+        let precision = Precision::of(&device("cpu").unwrap());
+        assert_eq!(precision, Precision { weights: LoadDType::AsStored, compute: FloatDType::F32 });
+        assert_eq!(precision.check(&device("cpu").unwrap()), Ok(()));
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -47,6 +47,14 @@
 //! | `cuda` | NVIDIA GPUs: `cuda:0` |
 //! | `rocm` | AMD GPUs: `rocm:0` |
 //!
+//! What a device computes in, unless the [`Loader`] is told otherwise ([`Precision`]):
+//!
+//! | device | weights | activations | inside norms |
+//! |---|---|---|---|
+//! | CPU | as stored, mapped from the file | f32 | f32 |
+//! | with bf16 | bf16 | bf16 | f32 |
+//! | without bf16 | f32 | f32 | f32 |
+//!
 //! `train` (default) adds the module `train`: recipes, runs and the objectives of every part.
 
 mod chat;
@@ -64,7 +72,7 @@ pub mod train;
 
 pub use burn::tensor::{Device, FloatDType};
 pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};
-pub use device::{DeviceError, device, devices};
+pub use device::{DeviceError, Precision, device, devices};
 pub use error::Error;
 pub use files::ModelFiles;
 pub use nexus::{Loader, Nexus};

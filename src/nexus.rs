@@ -17,7 +17,7 @@ use nexus_diffusion::LatentSize;
 
 use crate::{
     Chat, ChatOptions, DrawOptions, DrawWith, EditOptions, Error, GenerateOptions, Images, ModelFiles, Observer,
-    Picture, Progress, Reply, Residency, Session, Stage, TextOptions, session::emit, stages::Stages,
+    Picture, Precision, Progress, Reply, Residency, Session, Stage, TextOptions, session::emit, stages::Stages,
 };
 
 /// Largest picture that is drawn unless [`Loader::max_picture_pixels`] says otherwise: 4096x4096.
@@ -42,8 +42,9 @@ pub struct Loader {
     generation_decoder: Option<PathBuf>,
     edit_decoder: Option<PathBuf>,
     residency: Residency,
-    options: LoadOptions,
-    compute_dtype: FloatDType,
+    check_finite: bool,
+    weights_dtype: Option<LoadDType>,
+    compute_dtype: Option<FloatDType>,
     max_picture_pixels: usize,
 }
 
@@ -72,22 +73,22 @@ impl Loader {
         Self { residency, ..self }
     }
 
-    /// Dtype of the weights in memory; as stored by default, which needs no copy on a CPU.
+    /// Dtype of the weights in memory; by default what [`Precision::of`] says of the device.
     #[must_use]
     pub fn weights_dtype(self, dtype: LoadDType) -> Self {
-        Self { options: LoadOptions { dtype, ..self.options }, ..self }
+        Self { weights_dtype: Some(dtype), ..self }
     }
 
-    /// Dtype of the activations; f32 by default.
+    /// Dtype of the activations; by default what [`Precision::of`] says of the device.
     #[must_use]
-    pub fn compute_dtype(self, compute_dtype: FloatDType) -> Self {
-        Self { compute_dtype, ..self }
+    pub fn compute_dtype(self, dtype: FloatDType) -> Self {
+        Self { compute_dtype: Some(dtype), ..self }
     }
 
     /// Whether every weight is read and NaN or infinity refused; off by default, because it reads the whole files.
     #[must_use]
     pub fn check_finite(self, check_finite: bool) -> Self {
-        Self { options: LoadOptions { check_finite, ..self.options }, ..self }
+        Self { check_finite, ..self }
     }
 
     /// Largest picture that may be drawn, in pixels; 4096x4096 by default.
@@ -100,7 +101,7 @@ impl Loader {
     /// encoder and the language model (with [`Residency::KeepAll`]); the decoders are loaded when first used.
     ///
     /// # Errors
-    /// [`Error::NoSuchDirectory`], [`Error::NoModel`], [`Error::Config`], [`Error::Data`] for the tokenizer, and the
+    /// [`Error::Device`] for a dtype that the device has not, [`Error::NoSuchDirectory`], [`Error::NoModel`], [`Error::Config`], [`Error::Data`] for the tokenizer, and the
     /// stages' errors for their weights. That the decoders or FLUX files are absent is an error only when they are
     /// needed.
     pub fn load(self, device: &Device) -> Result<Nexus, Error> {
@@ -112,6 +113,13 @@ impl Loader {
     /// # Errors
     /// As [`Loader::load`], and [`Error::Cancelled`].
     pub fn load_with_progress(self, device: &Device, observer: &mut Observer<'_>) -> Result<Nexus, Error> {
+        let suited = Precision::of(device);
+        let precision = Precision {
+            weights: self.weights_dtype.unwrap_or(suited.weights),
+            compute: self.compute_dtype.unwrap_or(suited.compute),
+        };
+        precision.check(device)?;
+        let options = LoadOptions { dtype: precision.weights, check_finite: self.check_finite };
         let mut files = ModelFiles::find(&self.dir)?;
         if let Some(dir) = self.flux_dir {
             files.set_flux(&dir)?;
@@ -125,7 +133,7 @@ impl Loader {
             Err(ConfigError::Missing { .. }) => ChatOptions::default(),
             read => read?,
         };
-        let mut stages = Stages::open(files, config, device, self.options, self.compute_dtype, self.residency)?;
+        let mut stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
         if self.residency == Residency::KeepAll {
             stages.vision_encoder(observer)?;
             stages.ar(observer)?;
@@ -168,8 +176,9 @@ impl Nexus {
             generation_decoder: None,
             edit_decoder: None,
             residency: Residency::default(),
-            options: LoadOptions::default(),
-            compute_dtype: FloatDType::F32,
+            check_finite: false,
+            weights_dtype: None,
+            compute_dtype: None,
             max_picture_pixels: MAX_PICTURE_PIXELS,
         }
     }

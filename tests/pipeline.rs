@@ -8,7 +8,7 @@ use nexus::{
     DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Image, ImageEmbeds, Nexus, Noise, Picture,
     Progress, Residency, Stage, TextOptions, ar::FinishReason,
 };
-use nexus_core::testing::{Fixture, assert_close, cpu, fixtures_dir, random_models_dir, relative_drift};
+use nexus_core::testing::{Fixture, assert_close, device, fixtures_dir, random_models_dir, relative_drift, tolerance};
 
 const TOLERANCE: f32 = 2e-5;
 
@@ -79,7 +79,7 @@ impl Case {
 }
 
 fn nexus() -> Nexus {
-    Nexus::load(random_models_dir(), &cpu()).unwrap()
+    Nexus::load(random_models_dir(), &device()).unwrap()
 }
 
 fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
@@ -108,7 +108,7 @@ fn check(fixture: &Fixture, case: &Case, picture: &Picture) {
         let every_9: Vec<f32> =
             (0..tokens).step_by(9).flat_map(|token| all[token * hidden..(token + 1) * hidden].to_vec()).collect();
         let drift = relative_drift(&every_9, &fixture.floats("tap.reference_embeds_every_9"));
-        assert!(drift < TOLERANCE, "the reference drifts by {drift:e}");
+        assert!(drift < tolerance(TOLERANCE), "the reference drifts by {drift:e}");
     }
     assert_close(&picture.latents, &fixture.floats("out.latents"), TOLERANCE);
     assert_same_picture(&picture.image, &Image::open(fixtures_dir().join(&case.png)).unwrap());
@@ -151,7 +151,7 @@ fn answers_about_two_images_of_odd_sizes_are_the_originals() {
 fn freeing_every_stage_changes_nothing() {
     let fixture = Fixture::open("e2e_edit_cfg");
     let case: Case = fixture.meta("options");
-    let mut nexus = Nexus::loader(random_models_dir()).residency(Residency::OneStageAtATime).load(&cpu()).unwrap();
+    let mut nexus = Nexus::loader(random_models_dir()).residency(Residency::OneStageAtATime).load(&device()).unwrap();
     let mut loaded = vec![];
     let picture = nexus
         .with_progress(|event| {
@@ -176,7 +176,7 @@ fn embeddings_can_be_saved_and_drawn_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("embeds.safetensors");
     first.embeds.save(&path).unwrap();
-    let embeds = ImageEmbeds::load(&path, &cpu()).unwrap();
+    let embeds = ImageEmbeds::load(&path, &device()).unwrap();
     let with = DrawWith::EditingDecoder { reference: first.reference.as_ref() };
     let again = nexus.draw(&embeds, with, &DrawOptions::from(&case.edit_options())).unwrap();
     assert_eq!(again.image, first.image);
