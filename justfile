@@ -24,6 +24,10 @@ compare *arguments:
 fixtures:
     python tools/parity/make_fixtures.py --out .
 
+# Proves, measures and trains on a GPU: `just gpu-check cuda`; everything goes into gpu-report/.
+gpu-check device out="gpu-report":
+    tools/gpu_check.sh {{ device }} {{ out }}
+
 # Checks licences and advisories of the dependencies (needs cargo-deny).
 deny:
     cargo deny check

@@ -10,21 +10,22 @@
     reason = "a bench may panic and print"
 )]
 
+#[path = "../benches/stages/measure.rs"]
+mod measure;
 #[path = "../benches/stages/models.rs"]
 mod models;
+#[path = "../benches/stages/place.rs"]
+mod place;
 #[path = "../benches/stages/work.rs"]
 mod work;
 
-use std::{
-    fs,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{fs, path::PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
 use serde_json::json;
 
+use measure::{Measured, measure};
 use models::Weights;
 use work::STAGES;
 
@@ -66,30 +67,17 @@ fn main() -> anyhow::Result<()> {
         Command::Write { models } => models::write(&models)?,
         Command::Run { stage, models, runs, seconds, output } => {
             let stage = STAGES.iter().find(|known| known.name == stage).context("no such stage; see `list`")?;
-            let start_bytes = peak_bytes();
-            let start = Instant::now();
-            let mut work = (stage.load)(Weights::Files(&models));
-            let load_seconds = start.elapsed().as_secs_f64();
-            work.prepare();
-            let values = work.run();
-            let mut times = vec![];
-            let start = Instant::now();
-            while times.is_empty() || (times.len() < runs && start.elapsed() < Duration::from_secs_f64(seconds)) {
-                work.prepare();
-                let start = Instant::now();
-                std::hint::black_box(work.run());
-                times.push(start.elapsed().as_secs_f64() / work.parts() as f64);
-            }
-            let peak_bytes = peak_bytes();
+            let measured = measure(stage, Weights::Files(&models), runs, seconds);
             if let Some(output) = output {
-                fs::write(output, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+                fs::write(output, measured.bytes())?;
             }
+            let Measured { times, load_seconds, start_bytes, peak_bytes, device_bytes, .. } = &measured;
             let line = json!({
                 "group": stage.group,
                 "stage": stage.name,
                 "program": "nexus",
                 "dtype": "bf16 weights, f32 activations",
-                "median": median(&times),
+                "median": measured.median(),
                 "min": times.iter().copied().reduce(f64::min),
                 "max": times.iter().copied().reduce(f64::max),
                 "times": times,
@@ -97,6 +85,7 @@ fn main() -> anyhow::Result<()> {
                 "load_seconds": load_seconds,
                 "start_bytes": start_bytes,
                 "peak_bytes": peak_bytes,
+                "device_bytes": device_bytes,
             });
             println!("{line}");
         }
@@ -104,22 +93,8 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn median(times: &[f64]) -> f64 {
-    let mut sorted = times.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
-}
-
 /// Threads of rayon, which the CPU backend runs on.
 fn threads() -> usize {
     let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
     asked.filter(|&threads| threads > 0).unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
-}
-
-/// Largest resident size of this process so far, where the system tells: mapped files that were read count too.
-fn peak_bytes() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

@@ -1,7 +1,8 @@
 //! How long does each stage take? `cargo bench --bench stages`; one group per stage.
 //!
 //! Random bf16 weights at a middle size, and single layers at the released size. The autoencoder at 512x512 takes long
-//! and runs only if asked for: `cargo bench --bench stages -- autoencoder_512`.
+//! and runs only if asked for: `cargo bench --bench stages -- autoencoder_512`. `BURN_DEVICE=wgpu cargo bench --features wgpu`
+//! measures another device of the build.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -12,6 +13,7 @@
 
 #[allow(dead_code, reason = "files are for the other program that has this module, examples/bench_stage.rs")]
 mod models;
+mod place;
 mod work;
 
 use std::{

@@ -9,6 +9,7 @@ use burn::{
 };
 use half::bf16;
 use nexus::{
+    Precision,
     ar::{ArConfig, ArModel, RopeScaling, TokenIds},
     core::{
         checkpoint::{Checkpoint, CheckpointError, LoadOptions, WeightNames, load_module, module_layout, save_module},
@@ -22,8 +23,9 @@ use nexus::{
     },
     vision_encoder::{VisionConfig, VisionEncoder},
 };
-use nexus_core::testing::cpu;
 use serde_json::json;
+
+use crate::place::device;
 
 const LANGUAGE_MODEL: &str = "Nexus-GenV2";
 const VISION_SHARD: &str = "model-00001-of-00002.safetensors";
@@ -108,38 +110,38 @@ pub enum Weights<'a> {
 
 impl Weights<'_> {
     pub fn ar(&self) -> ArModel {
-        self.fill(ArModel::new(&ar_config(), &cpu()).unwrap(), LANGUAGE_MODEL, &nexus::ar::NAMES)
+        self.fill(ArModel::new(&ar_config(), &device()).unwrap(), LANGUAGE_MODEL, &nexus::ar::NAMES)
     }
 
     pub fn vision_encoder(&self) -> VisionEncoder {
-        let encoder = VisionEncoder::new(&vision_config(), &cpu());
+        let encoder = VisionEncoder::new(&vision_config(), &device());
         self.fill(encoder, LANGUAGE_MODEL, &nexus::vision_encoder::NAMES)
     }
 
     pub fn decoder(&self) -> GenerationDecoder {
-        self.fill(GenerationDecoder::new(&diffusion_config(), &cpu()), DECODER, &GENERATION_DECODER)
+        self.fill(GenerationDecoder::new(&diffusion_config(), &device()), DECODER, &GENERATION_DECODER)
     }
 
     /// At the released size.
     pub fn autoencoder(&self) -> Autoencoder {
-        self.fill(Autoencoder::new(&AutoencoderConfig::default(), &cpu()), AE, &AUTOENCODER)
+        self.fill(Autoencoder::new(&AutoencoderConfig::default(), &device()), AE, &AUTOENCODER)
     }
 
     /// One layer of the language model at the released size.
     pub fn decoder_layer(&self) -> DecoderLayer {
-        self.fill(ArConfig::released().layer().init(&cpu()), DECODER_LAYER, &LAYER)
+        self.fill(ArConfig::released().layer().init(&device()), DECODER_LAYER, &LAYER)
     }
 
     /// One double-stream block of the transformer at the released size.
     pub fn double_block(&self) -> DoubleBlock {
         let DitConfig { dim, num_heads, .. } = DitConfig::default();
-        self.fill(DoubleBlock::new(dim, num_heads, &cpu()), DOUBLE_BLOCK, &LAYER)
+        self.fill(DoubleBlock::new(dim, num_heads, &device()), DOUBLE_BLOCK, &LAYER)
     }
 
     /// One single-stream block of the transformer at the released size.
     pub fn single_block(&self) -> SingleBlock {
         let DitConfig { dim, num_heads, .. } = DitConfig::default();
-        self.fill(SingleBlock::new(dim, num_heads, &cpu()), SINGLE_BLOCK, &LAYER)
+        self.fill(SingleBlock::new(dim, num_heads, &device()), SINGLE_BLOCK, &LAYER)
     }
 
     fn fill<M: Module>(&self, module: M, file: &str, names: &WeightNames) -> M {
@@ -147,7 +149,8 @@ impl Weights<'_> {
             Self::Random => module.map(&mut RandomBf16 { state: file.len() as u64 }),
             Self::Files(dir) => {
                 let checkpoint = Checkpoint::open(dir.join(file)).unwrap();
-                load_module(module, &checkpoint, names, &LoadOptions::default()).unwrap()
+                let options = LoadOptions { dtype: Precision::of(&device()).weights, ..LoadOptions::default() };
+                load_module(module, &checkpoint, names, &options).unwrap()
             }
         }
     }
@@ -220,6 +223,7 @@ impl ModuleMapper for RandomBf16 {
             }
         };
         let data = TensorData::new(values, shape);
-        param.transform_for_load(Tensor::from_data(data, (&device, DType::BF16)), id)
+        let dtype = if device.supports_dtype(DType::BF16) { DType::BF16 } else { DType::F32 };
+        param.transform_for_load(Tensor::from_data(data.convert_dtype(dtype), (&device, dtype)), id)
     }
 }

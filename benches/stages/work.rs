@@ -1,6 +1,10 @@
 //! What is measured: one piece of work per stage, made from weights, run as often as one likes.
 
-use burn::tensor::{FloatDType, Tensor};
+use crate::{
+    models::{Weights, diffusion_config},
+    place::{compute, device, ramp},
+};
+use burn::tensor::{DType, Tensor};
 use nexus::{
     GridThw, Noise,
     ar::{ArConfig, ArModel, KvCache, NUM_IMAGE_TOKENS, image_position_ids},
@@ -13,9 +17,6 @@ use nexus::{
     },
     vision_encoder::VisionEncoder,
 };
-use nexus_core::testing::{cpu, ramp};
-
-use crate::models::{Weights, diffusion_config};
 
 const PROMPT_TOKENS: usize = 300;
 const DECODED_TOKENS: usize = 16;
@@ -67,7 +68,7 @@ pub const STAGES: &[Stage] = &[
 
 /// Waits for a result, which backends may compute lazily, and reads it.
 fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_into_vec_as::<f32>().unwrap()
+    tensor.cast(DType::F32).into_data().try_into_vec_as::<f32>().unwrap()
 }
 
 fn text_positions(start: usize, tokens: usize) -> Vec<[i64; 3]> {
@@ -94,7 +95,7 @@ impl Text {
 
     /// Feeds tokens; returns the scores after the last one.
     fn feed(&mut self, token_ids: &[u32], start: usize) -> Vec<f32> {
-        let embeds = self.model.embed(token_ids, &[], FloatDType::F32).unwrap();
+        let embeds = self.model.embed(token_ids, &[], compute()).unwrap();
         let hidden = self.model.forward(embeds, &text_positions(start, token_ids.len()), Some(&mut self.cache));
         read(self.model.logits(hidden.narrow(1, token_ids.len() - 1, 1)))
     }
@@ -124,7 +125,7 @@ impl Work for Text {
             }),
             Passage::ImageBlock => {
                 let positions: Vec<_> = image_position_ids(PROMPT_TOKENS as i64, GridThw::GENERATED).collect();
-                let embeds = self.model.prefill_embeds(FloatDType::F32);
+                let embeds = self.model.prefill_embeds(compute());
                 let hidden = self.model.forward(embeds, &positions[..NUM_IMAGE_TOKENS], Some(&mut self.cache));
                 read(self.model.predict_embeds(hidden))
             }
@@ -178,7 +179,7 @@ impl Step {
         let options = DenoiseOptions { num_steps: 1, cfg_scale: 1.0, ..DenoiseOptions::default() };
         let denoiser = Denoiser::new(dit, Branches { positive, negative: None }, DRAWN, &options).unwrap();
         let noise = Noise::Latents(ramp([1, config.latent_channels(), DRAWN.height, DRAWN.width], 3));
-        let noise = noise.into_latents(config.latent_channels(), DRAWN, FloatDType::F32, &cpu()).unwrap();
+        let noise = noise.into_latents(config.latent_channels(), DRAWN, compute(), &device()).unwrap();
         let start = denoiser.start(noise, None).unwrap();
         Box::new(Self { denoiser, start })
     }
@@ -221,7 +222,7 @@ impl Layer {
     fn new(weights: Weights<'_>) -> Self {
         let config = ArConfig::released();
         let positions: Vec<[f32; 3]> = (0..PROMPT_TOKENS).map(|position| [position as f32; 3]).collect();
-        let rotary = config.rotary().table(&positions, &cpu());
+        let rotary = config.rotary().table(&positions, &device()).cast(compute().into());
         Self { layer: weights.decoder_layer(), x: ramp([1, PROMPT_TOKENS, config.hidden_size], 1), rotary }
     }
 }
@@ -244,7 +245,8 @@ impl Streams {
     fn new() -> Self {
         let config = DitConfig { num_double: 1, num_single: 0, ..DitConfig::default() };
         let image: Tensor<3> = ramp([1, DRAWN.num_tokens(), config.dim], 1);
-        let rotary = Dit::new(&config, &cpu()).rotary(&zero_text_ids(NUM_IMAGE_TOKENS), DRAWN, image.dtype(), &cpu());
+        let rotary =
+            Dit::new(&config, &device()).rotary(&zero_text_ids(NUM_IMAGE_TOKENS), DRAWN, image.dtype(), &device());
         let text = ramp([1, NUM_IMAGE_TOKENS, config.dim], 2);
         Self { image, text, conditioning: ramp([1, config.dim], 3), rotary }
     }

@@ -1,4 +1,4 @@
-//! For the tests of all nexus crates: a CPU device, fixtures, and comparisons that fail on NaN.
+//! For the tests of all nexus crates: devices, fixtures, and comparisons that fail on NaN.
 //!
 //! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `tools/parity`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs)]
@@ -12,6 +12,23 @@ use crate::checkpoint::Checkpoint;
 /// The CPU device of the test build, which compiles in exactly one CPU backend.
 pub fn cpu() -> Device {
     Device::enumerate(DeviceType::Flex).into_iter().next().unwrap()
+}
+
+/// The device of the parity tests: the CPU, or the one that `BURN_DEVICE` names among those of the build.
+pub fn device() -> Device {
+    match std::env::var_os("BURN_DEVICE") {
+        Some(_) => Device::default(),
+        None => cpu(),
+    }
+}
+
+/// Largest accepted drift on the device of the parity tests: other devices than the CPU add in other orders and
+/// approximate functions.
+pub fn tolerance(on_cpu: f32) -> f32 {
+    match std::env::var_os("BURN_DEVICE") {
+        Some(_) if on_cpu > 0.0 => on_cpu.max(1e-4),
+        _ => on_cpu,
+    }
 }
 
 /// Values in `-1..=1` from a formula that the parity scripts share: `(((i * 7919 + seed * 104729) mod 2003) - 1001) / 1001`.
@@ -43,7 +60,7 @@ impl Fixture {
     /// A tensor of the file, or an input that the metadata says is a [`ramp`].
     pub fn tensor<const D: usize>(&self, name: &str) -> Tensor<D> {
         if self.has(name) {
-            return Tensor::from_data(self.file.data(name).unwrap(), (&cpu(), DType::F32));
+            return Tensor::from_data(self.file.data(name).unwrap(), (&device(), DType::F32));
         }
         #[derive(serde::Deserialize)]
         struct Ramp {
@@ -52,7 +69,7 @@ impl Fixture {
         }
         let mut inputs: std::collections::HashMap<String, Ramp> = self.meta("inputs");
         let Ramp { ramp: seed, shape } = inputs.remove(name).unwrap_or_else(|| panic!("no `{name}` in the fixture"));
-        ramp(shape.try_into().unwrap(), seed)
+        ramp(shape.try_into().unwrap(), seed).to_device(&device())
     }
 
     /// A parameter of the fixture.
@@ -62,7 +79,7 @@ impl Fixture {
     }
 
     pub fn ints<const D: usize>(&self, name: &str) -> Tensor<D, Int> {
-        Tensor::from_data(self.file.data(name).unwrap(), (&cpu(), DType::I64))
+        Tensor::from_data(self.file.data(name).unwrap(), (&device(), DType::I64))
     }
 
     pub fn floats(&self, name: &str) -> Vec<f32> {
@@ -111,8 +128,10 @@ pub fn relative_drift(actual: &[f32], expected: &[f32]) -> f32 {
     worst / largest
 }
 
+/// Asserts that the drift is at most the [`tolerance`].
 #[track_caller]
-pub fn assert_close<const D: usize>(actual: &Tensor<D>, expected: &[f32], tolerance: f32) {
+pub fn assert_close<const D: usize>(actual: &Tensor<D>, expected: &[f32], on_cpu: f32) {
+    let tolerance = tolerance(on_cpu);
     let actual = actual.to_data().try_into_vec_as::<f32>().unwrap();
     let drift = relative_drift(&actual, expected);
     println!("{}: drift {drift:.1e}", std::panic::Location::caller());

@@ -7,7 +7,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 use nexus_core::{
     GridThw, ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, save_module},
-    testing::{Fixture, assert_close, assert_close_tensors, cpu, relative_drift},
+    testing::{Fixture, assert_close, assert_close_tensors, device, relative_drift},
 };
 use nexus_diffusion::{
     LatentSize, Tiling,
@@ -56,7 +56,7 @@ fn embedding_merger() {
     }
     let positions = [merger.positions(GridThw::GENERATED), merger.positions(GridThw::REFERENCE)].concat();
     let x = Tensor::cat(vec![target.values, reference.values], 1);
-    let x = merger.transform(x, &merger.rotary(&positions, DType::F32, &cpu()));
+    let x = merger.transform(x, &merger.rotary(&positions, DType::F32, &device()));
     check(&x.slice_dim(1, burn::tensor::s![..;5]), &fixture, "tap.layer");
 }
 
@@ -64,7 +64,7 @@ fn velocity(dit: &Dit, fixture: &Fixture, guidance: f32, dtype: DType) -> Tensor
     let latents = fixture.tensor::<4>("in.latents").cast(dtype);
     let pooled = fixture.tensor::<2>("in.pooled").cast(dtype);
     let text_ids = positions(fixture, "in.text_ids");
-    let rotary = dit.rotary(&text_ids, LatentSize::of(&latents), dtype, &cpu());
+    let rotary = dit.rotary(&text_ids, LatentSize::of(&latents), dtype, &device());
     let modulations = dit.modulations(&dit.conditioning(&[fixture.meta("timestep")], guidance, pooled));
     let context = dit.context(fixture.tensor::<3>("in.context").cast(dtype));
     dit.forward(DitInput { latents, context, modulations: &modulations, rotary: &rotary }, None)
@@ -88,7 +88,7 @@ fn transformer() {
 fn transformer_block_by_block() {
     let (dit, fixture) = (generation_decoder().dit, Fixture::open("dit_gen"));
     let latents = fixture.tensor::<4>("in.latents");
-    let rotary = dit.rotary(&positions(&fixture, "in.text_ids"), LatentSize::of(&latents), DType::F32, &cpu());
+    let rotary = dit.rotary(&positions(&fixture, "in.text_ids"), LatentSize::of(&latents), DType::F32, &device());
     let conditioning =
         dit.conditioning(&[fixture.meta("timestep")], fixture.meta("guidance"), fixture.tensor("in.pooled"));
     let modulations = dit.modulations(&conditioning);
@@ -138,7 +138,7 @@ fn flux1_dev_has_shift_and_scale_in_the_other_order() {
     let path = directory.path().join("flux1-dev.safetensors");
     save_module(&dit, &FLUX1_DEV, &path, None).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
-    let loaded = Dit::load_flux1_dev(&checkpoint, &config().dit, &cpu(), &LoadOptions::default()).unwrap();
+    let loaded = Dit::load_flux1_dev(&checkpoint, &config().dit, &device(), &LoadOptions::default()).unwrap();
     let (before, after) = (&dit.final_norm_out.linear, &loaded.final_norm_out.linear);
     let [rows, columns] = before.weight.dims();
     for (kept, moved) in [(0, rows / 2), (rows / 2, 0)] {

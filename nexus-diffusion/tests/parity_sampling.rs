@@ -9,7 +9,7 @@ use burn::tensor::{FloatDType, Tensor};
 use half::bf16;
 use nexus_core::{
     GridThw, ImageEmbeds,
-    testing::{Fixture, assert_close, cpu, fixtures_dir},
+    testing::{Fixture, assert_close, device, fixtures_dir},
 };
 use nexus_diffusion::{
     Branch, Branches, Conditioning, DenoiseOptions, Denoiser, FlowMatchSchedule, LatentSize, Noise,
@@ -88,7 +88,7 @@ fn training_levels_and_weights() {
     let at = |values: &[f32]| -> Vec<f32> { indexes.iter().map(|&i| values[i as usize]).collect() };
     assert_eq!(at(schedule.sigmas()), fixture.floats("out.training_sigmas"));
     assert_eq!(at(schedule.timesteps()), fixture.floats("out.training_timesteps"));
-    let weights = Tensor::<1>::from_floats(at(&weights).as_slice(), &cpu());
+    let weights = Tensor::<1>::from_floats(at(&weights).as_slice(), &device());
     assert_close(&weights, &fixture.floats("out.training_weights"), 1e-6);
     let noisy = schedule.add_noise(321, fixture.tensor("in.sample"), fixture.tensor("in.velocity"));
     assert_close(&noisy, &fixture.floats("out.noisy_321"), 1e-7);
@@ -180,7 +180,7 @@ fn from_condition_to_picture() {
             embedded_guidance: request.embedded_guidance,
             ..Default::default()
         };
-        let noise = Noise::Seed(request.seed).into_latents(16, size, FloatDType::F32, &cpu()).unwrap();
+        let noise = Noise::Seed(request.seed).into_latents(16, size, FloatDType::F32, &device()).unwrap();
         check_noise(&noise.to_data().try_to_vec::<f32>().unwrap(), &fixture.floats("in.noise"));
 
         let branches = Branches { positive, negative: Some(negative) };

@@ -4,7 +4,7 @@
 use nexus_core::{
     GridThw,
     checkpoint::{Checkpoint, LoadOptions},
-    testing::{Fixture, assert_close, assert_close_tensors, cpu, random_models_dir},
+    testing::{Fixture, assert_close, assert_close_tensors, device, random_models_dir},
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder, WindowLayout};
 
@@ -13,7 +13,7 @@ const TOLERANCE: f32 = 1e-5;
 fn encoder() -> VisionEncoder {
     let dir = random_models_dir().join("Nexus-GenV2");
     let config = VisionConfig::read(dir.join("config.json")).unwrap();
-    VisionEncoder::load(&Checkpoint::open(&dir).unwrap(), &config, &cpu(), &LoadOptions::default()).unwrap()
+    VisionEncoder::load(&Checkpoint::open(&dir).unwrap(), &config, &device(), &LoadOptions::default()).unwrap()
 }
 
 fn grids(fixture: &Fixture) -> Vec<GridThw> {
@@ -68,7 +68,7 @@ fn every_block_matches() {
     let (encoder, fixture) = (encoder(), Fixture::open("vision_min"));
     let grids = grids(&fixture);
     let layout = WindowLayout::new(&grids, encoder.config().window_cells());
-    let rotary = encoder.rotary(&grids, &layout, &cpu());
+    let rotary = encoder.rotary(&grids, &layout, &device());
     let embedded = encoder.patch_embed.forward(fixture.tensor::<2>("in.pixel_values"));
     assert_close(&embedded, &fixture.floats("tap.patch_embed"), TOLERANCE);
     // The two grids of this fixture are one and two windows, so window order is raster order.
@@ -85,9 +85,9 @@ fn every_block_matches() {
 fn patches_that_do_not_fit_the_grids_are_refused() {
     let encoder = encoder();
     for shape in [[323, 1176], [324, 1175]] {
-        let patches = burn::tensor::Tensor::<2>::zeros(shape, &cpu());
+        let patches = burn::tensor::Tensor::<2>::zeros(shape, &device());
         let error = encoder.encode(patches, &[GridThw::GENERATED]).unwrap_err().to_string();
         assert!(error.contains("324 of 1176"), "{error}");
     }
-    assert!(encoder.encode(burn::tensor::Tensor::<2>::zeros([1, 1176], &cpu()), &[]).is_err());
+    assert!(encoder.encode(burn::tensor::Tensor::<2>::zeros([1, 1176], &device()), &[]).is_err());
 }

@@ -1,0 +1,30 @@
+//! Where the benches run: the device of the process -> tensors on it in the dtype that it computes in.
+
+use std::sync::OnceLock;
+
+use burn::tensor::{FloatDType, Tensor};
+use nexus::{Device, Precision};
+use nexus_core::testing;
+
+static DEVICE: OnceLock<Device> = OnceLock::new();
+
+/// Chooses the device before anything runs; without this, it is the one of the tests (`BURN_DEVICE`, or the CPU).
+#[allow(dead_code, reason = "the benches leave the choice to BURN_DEVICE")]
+pub fn choose(device: Device) {
+    // The first choice stays.
+    let _ = DEVICE.set(device);
+}
+
+pub fn device() -> Device {
+    DEVICE.get_or_init(testing::device).clone()
+}
+
+/// Dtype of the activations.
+pub fn compute() -> FloatDType {
+    Precision::of(&device()).compute
+}
+
+/// The input that all programs share, see [`testing::ramp`].
+pub fn ramp<const D: usize>(shape: [usize; D], seed: usize) -> Tensor<D> {
+    testing::ramp(shape, seed).to_device(&device()).cast(compute())
+}

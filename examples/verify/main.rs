@@ -1,0 +1,179 @@
+//! Does nexus compute the right thing on this device? `cargo run --release --example verify -- --device cpu`
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+mod stages;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use nexus::{
+    FloatDType, Precision,
+    core::checkpoint::{Checkpoint, LoadDType, Manifest},
+};
+use nexus_core::testing::{fixtures_dir, random_models_dir};
+use stages::{PICTURES, STAGES, Setting, Verdict, draw, hash, verify};
+
+/// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Runs every stage on a device and compares it with PyTorch's results, which the repository carries.
+///
+/// The exit status is 0 if every stage passes.
+#[derive(Parser)]
+struct Args {
+    /// Device: cpu, cuda:0, wgpu, vulkan, metal, rocm (those compiled in); `--example devices` lists them
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Dtype of weights and activations; without it, what the device computes in by default
+    #[arg(long)]
+    dtype: Option<Dtype>,
+    /// Write the certificate as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Check every tensor of this model against --manifest
+    #[arg(long, value_name = "DIR", requires = "manifest")]
+    model: Option<PathBuf>,
+    /// Directory with manifests, as `--example inspect -- --manifest DIR` writes them
+    #[arg(long, value_name = "DIR", requires = "model")]
+    manifest: Option<PathBuf>,
+    /// Write the expected pictures of nexus-tiny instead, on the CPU, after its weights changed
+    #[arg(long)]
+    golden: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// What `--json` writes.
+#[derive(serde::Serialize)]
+struct Certificate {
+    device: String,
+    dtype: String,
+    nexus: &'static str,
+    target: String,
+    /// SHA-256 of every file of weights.
+    weights: Vec<(String, String)>,
+    stages: Vec<Verdict>,
+    passes: bool,
+}
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    env_logger::builder().filter_level(log::LevelFilter::Warn).parse_default_env().init();
+    let device = nexus::device(&args.device)?;
+    let precision = args.dtype.map_or_else(|| Precision::of(&device), Dtype::precision);
+    ensure!(
+        device.supports_dtype(precision.compute),
+        "{} has no {:?}: leave --dtype out, or choose f32",
+        args.device,
+        precision.compute
+    );
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nexus-tiny");
+    let setting = Setting { random: random_models_dir(), tiny, device, precision };
+    for dir in [&setting.random, &setting.tiny, &fixtures_dir()] {
+        ensure!(dir.is_dir(), "{}: not here; verify runs in a clone of the repository", dir.display());
+    }
+    if args.golden {
+        for (picture, name) in draw(&setting)?.iter().zip(PICTURES) {
+            picture.save(fixtures_dir().join(name))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let (Some(model), Some(manifests)) = (&args.model, &args.manifest) {
+        check_manifests(model, manifests)?;
+    }
+
+    println!("{} in {:?}, weights {:?}\n", args.device, precision.compute, precision.weights);
+    println!("{:<28} {:>9} {:>9} {:>9}  verdict", "stage", "drift", "limit", "seconds");
+    let stages: Vec<Verdict> = STAGES.into_iter().map(|(stage, run)| show(verify(stage, run, &setting))).collect();
+    let passes = stages.iter().all(Verdict::passes);
+    println!("\n{}", if passes { "PASS: every stage computes the right thing here" } else { "FAIL" });
+    if let Some(path) = &args.json {
+        let certificate = Certificate {
+            device: args.device,
+            dtype: format!("{:?}", precision.compute),
+            nexus: env!("CARGO_PKG_VERSION"),
+            target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            weights: [weights(&setting.random)?, weights(&setting.tiny)?].concat(),
+            stages,
+            passes,
+        };
+        std::fs::write(path, serde_json::to_vec_pretty(&certificate)?).context(path.display().to_string())?;
+        println!("certificate: {}", path.display());
+    }
+    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Dtype {
+    fn precision(self) -> Precision {
+        let compute = match self {
+            Self::F32 => FloatDType::F32,
+            Self::F16 => FloatDType::F16,
+            Self::Bf16 => FloatDType::BF16,
+        };
+        Precision { weights: LoadDType::Convert(compute), compute }
+    }
+}
+
+fn show(verdict: Verdict) -> Verdict {
+    let Verdict { stage, drift, limit, seconds, error } = &verdict;
+    let drift = drift.map_or("-".to_string(), |drift| format!("{drift:.1e}"));
+    let word = if verdict.passes() { "pass" } else { "FAIL" };
+    println!("{stage:<28} {drift:>9} {limit:>9.1e} {seconds:>9.2}  {word}");
+    if let Some(error) = error {
+        println!("    {error}");
+    }
+    verdict
+}
+
+/// Hashes of the files of weights below a directory, by name.
+fn weights(dir: &Path) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    let mut pending = vec![dir.to_path_buf()];
+    while let Some(dir) = pending.pop() {
+        for entry in std::fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
+            let path = entry?.path();
+            if path.is_dir() {
+                pending.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "safetensors" || extension == "bin") {
+                let name = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(&path).display().to_string();
+                found.push((name, hash(&std::fs::read(&path)?)));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Compares every tensor of a model that has a manifest.
+fn check_manifests(model: &Path, manifests: &Path) -> Result<()> {
+    let files = nexus::ModelFiles::find(model)?;
+    let stages = [
+        ("language_model", files.open_language_model().map(|checkpoint| checkpoint.path().to_path_buf())),
+        ("generation_decoder", files.generation_decoder()),
+        ("edit_decoder", files.edit_decoder()),
+        ("autoencoder", files.autoencoder()),
+        ("text_encoder", files.text_encoder()),
+        ("text_encoder_2", files.text_encoder_2()),
+    ];
+    let mut checked = 0;
+    for (stage, path) in stages {
+        let manifest = manifests.join(format!("{stage}.json"));
+        if let (Ok(path), true) = (path, manifest.is_file()) {
+            Manifest::load(&manifest)?.verify(&Checkpoint::open(path)?, &mut |_| ())?;
+            println!("{stage}: every tensor is the one of {}", manifest.display());
+            checked += 1;
+        }
+    }
+    ensure!(checked > 0, "{}: no manifest of a stage that {} has", manifests.display(), model.display());
+    Ok(())
+}
