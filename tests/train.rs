@@ -42,7 +42,7 @@ impl Case {
         let recipe = json!({
             "command": "", "time": "", "expected": "",
             "part": "autoencoder", "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1,
-            "max_rejected": 2,
+            "max_rejected": 2, "parallel_micro_batches": 1,
             "stages": [
                 stage("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
                 stage("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
@@ -263,6 +263,7 @@ fn wrong_recipes_are_refused() {
         ),
         ("/stages/0", stage("first", json!({"muon": {"matrices": ["*.weight"], "momentum": 1.0}})), "momentum"),
         ("/stages/0", stage("first", json!({"loss": {"label_weight": 1.0}})), "label_weight"),
+        ("/parallel_micro_batches", json!(0), "parallel_micro_batches"),
         ("/part", json!("tokenizer"), "tokenizer"),
     ] {
         let case = Case::new().set(pointer, value);

@@ -97,6 +97,29 @@ fn the_vision_encoder_resumes_with_labels_and_muon() {
     assert!((1.0..2.2).contains(&labels), "{labels}");
 }
 
+/// Runs a recipe with micro-batches one after the other, and side by side.
+fn check_side_by_side(recipe: Recipe) {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = [1, 2].map(|parallel_micro_batches| {
+        let recipe = Recipe { parallel_micro_batches, ..recipe.clone() };
+        let run = dir.path().join(parallel_micro_batches.to_string());
+        train(&recipe, random_models_dir(), &run, &cpu(), &mut unobserved).unwrap();
+        results(&run)
+    });
+    assert_eq!(one.0, two.0);
+    assert!(one.1 == two.1, "exported weights differ");
+}
+
+#[test]
+fn micro_batches_side_by_side_make_no_difference() {
+    let settings = json!({"accumulation": 3, "batch_size": 1});
+    check_side_by_side(recipe("autoregressive", json!("checkpoint"), world("editing"), settings.clone()));
+    check_side_by_side(recipe("vision_encoder", json!("checkpoint"), world("understanding"), settings));
+    let settings = json!({"accumulation": 3, "batch_size": 1, "decoder": {"picture_px": 32, "distinct_samples": 2}});
+    check_side_by_side(recipe("editing_decoder", json!("checkpoint"), world("editing"), settings.clone()));
+    check_side_by_side(recipe("autoencoder", json!({"random": {"seed": 1}}), world("generation"), settings));
+}
+
 #[test]
 fn the_generation_decoder_resumes() {
     let settings = json!({"predicted_embeds": 0.5, "condition_dropout": 0.3});

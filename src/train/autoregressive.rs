@@ -140,6 +140,17 @@ impl LanguageTask {
         encoder: &VisionEncoder,
         mut batch: MicroBatch<'_>,
     ) -> Result<Vec<TrainingSample>, TrainError> {
+        if self.encoded.0 != batch.seed {
+            self.encoded = (batch.seed, HashMap::new());
+        }
+        let (mut samples, mut new) = (Vec::new(), Vec::new());
+        for number in batch.samples.clone() {
+            let first = batch.feed.first(number);
+            match self.encoded.1.get(&first) {
+                Some(known) => samples.push((number, known.clone())),
+                None => new.extend(self.input(&mut batch, number)?.map(|(input, _)| (number, input))),
+            }
+        }
         let (dtype, device) = (compute_dtype(batch.stage), self.device.clone().inner());
         let encode = |images: Vec<Patches>| {
             let encode_one = |patches: Patches| {
@@ -149,37 +160,32 @@ impl LanguageTask {
             };
             images.into_iter().map(encode_one).collect::<Result<Vec<_>, TrainError>>()
         };
-        if self.encoded.0 != batch.seed {
-            self.encoded = (batch.seed, HashMap::new());
-        }
-        let mut samples = Vec::new();
-        for number in batch.samples.clone() {
-            let first = batch.feed.first(number);
-            if let Some(known) = self.encoded.1.get(&first) {
-                samples.push(known.clone());
-                continue;
-            }
-            let Some((input, _)) = self.input(&mut batch, number)? else { continue };
+        let encoded = batch.workers.map(new, |(number, input)| {
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
-            let sample = TrainingSample { token_ids, labels, inputs, targets };
+            Ok::<_, TrainError>((number, TrainingSample { token_ids, labels, inputs, targets }))
+        });
+        for encoded in encoded {
+            let (number, sample) = encoded?;
             if batch.stage.decoder.distinct_samples.is_some() {
-                self.encoded.1.insert(first, sample.clone());
+                self.encoded.1.insert(batch.feed.first(number), sample.clone());
             }
-            samples.push(sample);
+            samples.push((number, sample));
         }
-        Ok(samples)
+        // What was known must make no difference: a run that goes on knows less.
+        samples.sort_by_key(|(number, _)| *number);
+        Ok(samples.into_iter().map(|(_, sample)| sample).collect())
     }
 
     /// Samples with images from the encoder that is trained, in one pass, and what is needed to look at them again.
     fn trained_samples(
         &self,
         encoder: &VisionEncoder,
-        mut batch: MicroBatch<'_>,
+        stage: &StageRecipe,
+        inputs: Vec<(TrainingInput, Vec<Scene>)>,
     ) -> Result<(Vec<TrainingSample>, Option<Seen>), TrainError> {
         let (mut texts, mut patches, mut shown) = (Vec::new(), Vec::new(), Vec::new());
-        for number in batch.samples.clone() {
-            let Some((input, scenes)) = self.input(&mut batch, number)? else { continue };
+        for (input, scenes) in inputs {
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let images = input_images.len() + answer_images.len();
             shown.extend(if scenes.len() == images {
@@ -194,7 +200,7 @@ impl LanguageTask {
         let seen = (!grids.is_empty()).then(|| {
             let pixels = patches.into_iter().map(|patches| patches.into_tensor(&self.device)).collect();
             let pixels: Tensor<2> = Tensor::cat(pixels, 0);
-            let embeds = encoder.forward(pixels.clone().cast(compute_dtype(batch.stage)), &grids);
+            let embeds = encoder.forward(pixels.clone().cast(compute_dtype(stage)), &grids);
             Seen { embeds, pixels, grids, shown }
         });
         let images = seen.iter().flat_map(Seen::images).collect::<Result<Vec<_>, TrainError>>()?;
@@ -205,6 +211,21 @@ impl LanguageTask {
         });
         Ok((samples.collect(), seen))
     }
+}
+
+/// A micro-batch of conversations.
+pub(crate) struct LanguageBatch {
+    seed: u64,
+    /// Number of the first sample.
+    first: u64,
+    samples: Samples,
+}
+
+enum Samples {
+    /// With images as the frozen encoder sees them.
+    Encoded(Vec<TrainingSample>),
+    /// For the encoder that is trained, with what the images show where that is known.
+    Raw(Vec<(TrainingInput, Vec<Scene>)>),
 }
 
 /// Images of a micro-batch as the encoder that is trained sees them.
@@ -232,6 +253,7 @@ impl Seen {
 
 impl Task for LanguageTask {
     type Module = LanguageModule;
+    type Batch = LanguageBatch;
 
     fn names(&self) -> WeightNames {
         NAMES
@@ -241,16 +263,33 @@ impl Task for LanguageTask {
         Ok(self.module.clone())
     }
 
-    fn loss(&mut self, module: &LanguageModule, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
-        let (stage, seed, first) = (batch.stage, batch.seed, batch.samples.start);
-        let (mut samples, seen) = match (&module.visual, self.encoder.clone()) {
-            (Some(encoder), _) => self.trained_samples(encoder, batch)?,
-            (None, Some(encoder)) => (self.frozen_samples(&encoder, batch)?, None),
-            (None, None) => return Ok(None),
+    fn prepare(&mut self, mut batch: MicroBatch<'_>) -> Result<Option<LanguageBatch>, TrainError> {
+        let (seed, first) = (batch.seed, batch.samples.start);
+        let samples = match self.encoder.clone() {
+            Some(encoder) => Samples::Encoded(self.frozen_samples(&encoder, batch)?),
+            None => {
+                let inputs = batch.samples.clone().map(|number| self.input(&mut batch, number));
+                Samples::Raw(inputs.filter_map(Result::transpose).collect::<Result<_, _>>()?)
+            }
         };
-        if samples.is_empty() {
-            return Ok(None);
-        }
+        let is_empty = match &samples {
+            Samples::Encoded(samples) => samples.is_empty(),
+            Samples::Raw(inputs) => inputs.is_empty(),
+        };
+        Ok((!is_empty).then_some(LanguageBatch { seed, first, samples }))
+    }
+
+    fn loss(
+        &self,
+        module: &LanguageModule,
+        stage: &StageRecipe,
+        LanguageBatch { seed, first, samples }: LanguageBatch,
+    ) -> Result<Losses, TrainError> {
+        let (mut samples, seen) = match (samples, &module.visual) {
+            (Samples::Raw(inputs), Some(encoder)) => self.trained_samples(encoder, stage, inputs)?,
+            (Samples::Encoded(samples), _) => (samples, None),
+            (Samples::Raw(_), None) => unreachable!("inputs stay raw only for an encoder that is trained"),
+        };
         // Neighbours of about the same length need less padding.
         samples.sort_by_key(|sample| sample.token_ids.len());
         let batch = TrainingBatch::new(samples, module.ar.config())?;
@@ -279,7 +318,7 @@ impl Task for LanguageTask {
                 losses.parts.push(("labels", labels));
             }
         }
-        Ok(Some(losses))
+        Ok(losses)
     }
 
     fn export(&self, module: LanguageModule, dir: &Path) -> Result<(), TrainError> {

@@ -140,7 +140,8 @@ pub(crate) struct DecoderTask<D: TrainedDecoder> {
 
 /// A micro-batch on the plain device.
 #[derive(Clone)]
-struct Prepared {
+pub(crate) struct Prepared {
+    seed: u64,
     numbers: Vec<u64>,
     latents: Tensor<4>,
     embeds: ImageEmbeds,
@@ -286,6 +287,19 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         }
         Ok(Some(encoded))
     }
+}
+
+impl<D: TrainedDecoder> Task for DecoderTask<D> {
+    type Module = D;
+    type Batch = Prepared;
+
+    fn names(&self) -> WeightNames {
+        D::NAMES
+    }
+
+    fn module(&self) -> Result<D, TrainError> {
+        Ok(self.module.clone())
+    }
 
     fn prepare(&mut self, mut batch: MicroBatch<'_>) -> Result<Option<Prepared>, TrainError> {
         let (mut numbers, mut latents, mut embeds, mut references) = (vec![], vec![], vec![], vec![]);
@@ -306,26 +320,14 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         }
         let join = |values: Vec<Tensor<3>>, grid| ImageEmbeds::new(Tensor::cat(values, 0), grid);
         let reference = (!references.is_empty()).then(|| join(references, reference_grid)).transpose()?;
-        Ok(Some(Prepared { numbers, latents: Tensor::cat(latents, 0), embeds: join(embeds, grid)?, reference }))
-    }
-}
-
-impl<D: TrainedDecoder> Task for DecoderTask<D> {
-    type Module = D;
-
-    fn names(&self) -> WeightNames {
-        D::NAMES
-    }
-
-    fn module(&self) -> Result<D, TrainError> {
-        Ok(self.module.clone())
-    }
-
-    fn loss(&mut self, module: &D, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
-        let (stage, seed) = (batch.stage, batch.seed);
-        let Some(prepared) = self.prepare(batch)? else { return Ok(None) };
+        let (latents, embeds) = (Tensor::cat(latents, 0), join(embeds, grid)?);
+        let prepared = Prepared { seed: batch.seed, numbers, latents, embeds, reference };
         self.latest = Some(prepared.clone());
-        let Prepared { numbers, latents, embeds, reference } = prepared;
+        Ok(Some(prepared))
+    }
+
+    fn loss(&self, module: &D, stage: &StageRecipe, batch: Prepared) -> Result<Losses, TrainError> {
+        let Prepared { seed, numbers, latents, embeds, reference } = batch;
         let [count, channels, height, width] = latents.dims();
         let dtype = compute_dtype(stage);
         let per_sample = channels * height * width;
@@ -354,7 +356,7 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
             embedded_guidance: stage.decoder.embedded_guidance as f32,
         };
         let loss = self.flow.loss(module.dit(), input);
-        Ok(Some(Losses { total: loss.total, parts: vec![("mse", loss.mse)] }))
+        Ok(Losses { total: loss.total, parts: vec![("mse", loss.mse)] })
     }
 
     fn export(&self, module: D, dir: &Path) -> Result<(), TrainError> {

@@ -53,6 +53,14 @@ pub enum TrainError {
         /// File of the reasons.
         rejected: PathBuf,
     },
+    /// No threads for micro-batches side by side.
+    #[error("{count} micro-batches side by side: {reason}; lower `parallel_micro_batches` in the recipe")]
+    Workers {
+        /// Micro-batches side by side.
+        count: usize,
+        /// What the system said.
+        reason: String,
+    },
     /// A pattern of the recipe means nothing.
     #[error("stage `{stage}`: `{pattern}` in `frozen` or `muon` matches no parameter")]
     UnknownPattern {

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Every number that a run draws depends on the recipe's seed and the number of the sample alone, so a run that was
-//! killed goes on with the same losses, bit for bit, on a CPU with the same number of threads.
+//! killed goes on with the same losses, bit for bit, on a CPU with the same number of threads. Micro-batches that are
+//! computed side by side make no difference to them.
 
 mod autoregressive;
 mod curves;
@@ -24,6 +25,7 @@ mod run;
 mod sheet;
 mod text_encoders;
 mod trainer;
+mod workers;
 
 use std::{ops::ControlFlow, path::Path};
 

@@ -51,6 +51,8 @@ impl AutoencoderTask {
 
 impl Task for AutoencoderTask {
     type Module = Autoencoder;
+    /// Pictures, and noise for their latents.
+    type Batch = (Tensor<4>, Tensor<4>);
 
     fn names(&self) -> WeightNames {
         AUTOENCODER
@@ -60,8 +62,8 @@ impl Task for AutoencoderTask {
         Ok(self.module.clone())
     }
 
-    fn loss(&mut self, module: &Autoencoder, batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError> {
-        let MicroBatch { stage, feed, seed, samples } = batch;
+    fn prepare(&mut self, batch: MicroBatch<'_>) -> Result<Option<Self::Batch>, TrainError> {
+        let MicroBatch { stage, feed, seed, samples, .. } = batch;
         let side = stage.decoder.picture_px;
         let (mut pictures, mut noise) = (Vec::new(), Vec::new());
         let size = LatentSize::from_pixels(side, side)?;
@@ -89,10 +91,19 @@ impl Task for AutoencoderTask {
         let pictures = tensor(pictures, [count, 3, side, side], &self.device).cast(dtype);
         let noise = tensor(noise, [count, self.config.z_channels, size.height, size.width], &self.device).cast(dtype);
         self.latest = Some(pictures.clone().inner());
+        Ok(Some((pictures, noise)))
+    }
+
+    fn loss(
+        &self,
+        module: &Autoencoder,
+        stage: &StageRecipe,
+        (pictures, noise): Self::Batch,
+    ) -> Result<Losses, TrainError> {
         let objective =
             AutoencoderObjective { gradient_weight: stage.loss.gradient_weight, kl_weight: stage.loss.kl_weight };
         let AutoencoderLoss { total, reconstruction, gradient, kl } = objective.loss(module, pictures, noise);
-        Ok(Some(Losses { total, parts: vec![("reconstruction", reconstruction), ("gradient", gradient), ("kl", kl)] }))
+        Ok(Losses { total, parts: vec![("reconstruction", reconstruction), ("gradient", gradient), ("kl", kl)] })
     }
 
     fn export(&self, module: Autoencoder, dir: &Path) -> Result<(), TrainError> {

@@ -40,6 +40,10 @@ pub struct Recipe {
     /// Steps between two sheets of sample pictures; never if absent.
     #[serde(default)]
     pub sample_every: Option<usize>,
+    /// Micro-batches of a step that are computed side by side, each with its share of the CPU's threads; their losses
+    /// are the same as one after the other. Small models are faster, and take as many times the memory of activations.
+    #[serde(default = "one")]
+    pub parallel_micro_batches: usize,
     /// Bad samples after which the run stops.
     #[serde(default = "hundred")]
     pub max_rejected: u64,
@@ -285,6 +289,7 @@ impl Recipe {
         positive("checkpoint_every", self.checkpoint_every)?;
         positive("keep_checkpoints", self.keep_checkpoints)?;
         positive("log_every", self.log_every)?;
+        positive("parallel_micro_batches", self.parallel_micro_batches)?;
         positive("sample_every", self.sample_every.unwrap_or(1))?;
         if matches!(self.initial, Initial::GenerationDecoder(_)) && self.part != TrainedPart::EditingDecoder {
             let reason = format!("only the editing decoder begins with the generation decoder, not {:?}", self.part);
@@ -305,8 +310,8 @@ impl Recipe {
         self.stages.iter().map(|stage| stage.steps).sum()
     }
 
-    /// The first field in which this recipe would train otherwise than another one; notes and how often things are
-    /// written make no difference.
+    /// The first field in which this recipe would train otherwise than another one; notes, how often things are
+    /// written and what is computed side by side make no difference.
     pub fn differs_from(&self, other: &Self) -> Option<&'static str> {
         let Self { part, seed, initial, stages, .. } = self;
         let checks = [

@@ -17,12 +17,17 @@ use nexus_core::{
 use nexus_data::Image;
 use serde::Serialize;
 
-use super::{Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, curves, feed::Feed};
+use super::{
+    Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, curves, feed::Feed, workers::Workers,
+};
 
 /// What is trained: a module, its names, and how a batch becomes a loss.
 pub(crate) trait Task {
     /// Everything that has trained or frozen parameters.
     type Module: Module;
+
+    /// A micro-batch, ready for the module.
+    type Batch: Send;
 
     /// Names of the module's parameters in checkpoints and patterns.
     fn names(&self) -> WeightNames;
@@ -30,8 +35,11 @@ pub(crate) trait Task {
     /// The module as the recipe begins it, on the autodiff device.
     fn module(&self) -> Result<Self::Module, TrainError>;
 
-    /// The losses of some samples of a stage, `None` if none of them can be used.
-    fn loss(&mut self, module: &Self::Module, micro_batch: MicroBatch<'_>) -> Result<Option<Losses>, TrainError>;
+    /// Some samples of a stage, ready for the module; `None` if none of them can be used.
+    fn prepare(&mut self, micro_batch: MicroBatch<'_>) -> Result<Option<Self::Batch>, TrainError>;
+
+    /// The losses of a micro-batch.
+    fn loss(&self, module: &Self::Module, stage: &StageRecipe, batch: Self::Batch) -> Result<Losses, TrainError>;
 
     /// Writes the module under the released file names.
     fn export(&self, module: Self::Module, dir: &Path) -> Result<(), TrainError>;
@@ -44,6 +52,7 @@ pub(crate) trait Task {
 pub(crate) struct MicroBatch<'a> {
     pub(crate) stage: &'a StageRecipe,
     pub(crate) feed: &'a mut Feed,
+    pub(crate) workers: &'a Workers,
     /// Seed of everything random, which together with the number of a sample names its draws.
     pub(crate) seed: u64,
     /// Numbers of the samples in the stage.
@@ -84,7 +93,7 @@ pub enum TrainOutcome {
 }
 
 /// Runs a recipe in a directory, or goes on where it was left.
-pub(crate) fn train<T: Task>(
+pub(crate) fn train<T: Task + Sync>(
     mut task: T,
     recipe: &Recipe,
     run: &Path,
@@ -104,6 +113,7 @@ pub(crate) fn train<T: Task>(
         (saved, state) = (Some(checkpoint), at);
     }
     let mut exported = module.clone();
+    let workers = Workers::new(recipe.parallel_micro_batches)?;
     for (index, stage) in recipe.stages.iter().enumerate().skip(state.stage) {
         if state.stage != index {
             state = RunState { stage: index, stage_steps: 0, cursor: 0, average_steps: 0, ..state };
@@ -132,16 +142,21 @@ pub(crate) fn train<T: Task>(
             let before = state.stage_steps;
             let micro = stage.batch_size as u64;
             let (mut gradients, mut sums) = (GradientSum::new(), LossSums::default());
-            for _ in 0..stage.accumulation {
-                let samples = state.cursor..state.cursor + micro;
-                state.cursor = samples.end;
-                let seed = recipe.seed.wrapping_add(index as u64);
-                let batch = MicroBatch { stage, feed: &mut feed, seed, samples };
-                let Some(losses) = task.loss(&module, batch)? else { continue };
-                sums.add(&losses)?;
-                // Samples may not reach what is trained, such as text alone with a vision head.
-                if losses.total.is_tracked() {
-                    gradients.add(losses.total.backward(), &module, &names);
+            let mut left = stage.accumulation;
+            while left > 0 {
+                let mut batches = Vec::new();
+                for _ in 0..left.min(workers.count()) {
+                    let samples = state.cursor..state.cursor + micro;
+                    state.cursor = samples.end;
+                    left -= 1;
+                    let seed = recipe.seed.wrapping_add(index as u64);
+                    let batch = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples };
+                    batches.extend(task.prepare(batch)?);
+                }
+                for micro_batch in backward_all(&task, &module, stage, batches, &workers) {
+                    let (values, parts) = micro_batch?;
+                    sums.add(values);
+                    gradients.merge(parts);
                 }
             }
             let step = state.steps + 1;
@@ -207,6 +222,30 @@ pub(crate) fn train<T: Task>(
     Ok(TrainOutcome::Finished(export))
 }
 
+/// Values and gradients of the losses of some micro-batches, in order.
+fn backward_all<T: Task + Sync>(
+    task: &T,
+    module: &T::Module,
+    stage: &StageRecipe,
+    batches: Vec<T::Batch>,
+    workers: &Workers,
+) -> Vec<Result<(LossValues, GradientSum), TrainError>> {
+    // Gradients of one graph wait for each other, so each micro-batch has parameters of its own.
+    let forks = batches.into_iter().enumerate().map(|(index, batch)| {
+        let module = module.clone();
+        (if index == 0 { module } else { module.clone().fork(&module.devices()[0]) }, batch)
+    });
+    workers.map(forks.collect(), |(module, batch)| {
+        let losses = task.loss(&module, stage, batch)?;
+        let (values, mut gradients) = (LossValues::read(&losses)?, GradientSum::new());
+        // Samples may not reach what is trained, such as text alone with a vision head.
+        if losses.total.is_tracked() {
+            gradients.add(losses.total.backward(), &module, &task.names());
+        }
+        Ok((values, gradients))
+    })
+}
+
 const MODULE: &str = "module.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const AVERAGE: &str = "average.safetensors";
@@ -263,6 +302,23 @@ impl StageProgress {
     }
 }
 
+/// A loss and its parts as numbers.
+struct LossValues {
+    total: f64,
+    parts: Vec<(&'static str, f64)>,
+}
+
+impl LossValues {
+    fn read(losses: &Losses) -> Result<Self, TrainError> {
+        let value = |loss: &Tensor<1>| {
+            let values = loss.clone().into_data().try_into_vec_as::<f32>().map_err(crate::Error::read)?;
+            Ok::<f64, TrainError>(values.first().copied().unwrap_or(f32::NAN).into())
+        };
+        let parts = losses.parts.iter().map(|(name, part)| Ok((*name, value(part)?)));
+        Ok(Self { total: value(&losses.total)?, parts: parts.collect::<Result<_, TrainError>>()? })
+    }
+}
+
 /// Losses of the micro-batches of a step.
 #[derive(Default)]
 struct LossSums {
@@ -272,21 +328,15 @@ struct LossSums {
 }
 
 impl LossSums {
-    fn add(&mut self, losses: &Losses) -> Result<(), TrainError> {
-        let value = |loss: &Tensor<1>| {
-            let values = loss.clone().into_data().try_into_vec_as::<f32>().map_err(crate::Error::read)?;
-            Ok::<f64, TrainError>(values.first().copied().unwrap_or(f32::NAN).into())
-        };
+    fn add(&mut self, losses: LossValues) {
         self.count += 1;
-        self.total += value(&losses.total)?;
-        for (name, part) in &losses.parts {
-            let value = value(part)?;
-            match self.parts.iter_mut().find(|(known, _)| known == name) {
+        self.total += losses.total;
+        for (name, value) in losses.parts {
+            match self.parts.iter_mut().find(|(known, _)| *known == name) {
                 Some((_, sum)) => *sum += value,
                 None => self.parts.push((name, value)),
             }
         }
-        Ok(())
     }
 
     fn metrics(&self, step: usize, stage: &str, learning_rate: f64, grad_norm: f64) -> StepMetrics {

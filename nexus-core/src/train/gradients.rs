@@ -23,7 +23,22 @@ impl GradientSum {
     /// Takes a loss's gradients of all parameters of the module that require them, and adds them to the sum.
     pub fn add(&mut self, mut gradients: Gradients, module: &impl Module, names: &WeightNames) {
         let path = ModulePath::default();
-        module.visit(&mut Collector { gradients: &mut gradients, names, path, sum: &mut self.by_name });
+        module.visit(&mut Collector { gradients: &mut gradients, names, path, sum: self });
+    }
+
+    /// Adds the gradients of another sum.
+    pub fn merge(&mut self, other: Self) {
+        for (name, gradient) in other.by_name {
+            self.add_one(name, gradient);
+        }
+    }
+
+    fn add_one(&mut self, name: String, gradient: Tensor<1>) {
+        let sum = match self.by_name.remove(&name) {
+            Some(earlier) => earlier + gradient,
+            None => gradient,
+        };
+        self.by_name.insert(name, sum);
     }
 
     /// Number of parameters that have a gradient.
@@ -76,7 +91,7 @@ struct Collector<'a> {
     gradients: &'a mut Gradients,
     names: &'a WeightNames,
     path: ModulePath,
-    sum: &'a mut BTreeMap<String, Tensor<1>>,
+    sum: &'a mut GradientSum,
 }
 
 impl ModuleVisitor for Collector<'_> {
@@ -91,12 +106,7 @@ impl ModuleVisitor for Collector<'_> {
         let Some(gradient) = value.grad_remove(self.gradients) else { return };
         let count = gradient.shape().num_elements();
         let gradient = gradient.reshape([count]).cast(DType::F32);
-        let name = self.path.file_name(self.names);
-        let sum = match self.sum.remove(&name) {
-            Some(earlier) => earlier + gradient,
-            None => gradient,
-        };
-        self.sum.insert(name, sum);
+        self.sum.add_one(self.path.file_name(self.names), gradient);
     }
 }
 
@@ -120,7 +130,9 @@ mod tests {
         let layer = Linear::new(3, 2, &cpu().autodiff());
         let mut sum = GradientSum::new();
         sum.add(gradients(&layer, 4), &layer, &names);
-        sum.add(gradients(&layer, 2), &layer, &names);
+        let mut other = GradientSum::new();
+        other.add(gradients(&layer, 2), &layer, &names);
+        sum.merge(other);
         assert_eq!(sum.len(), 2);
         assert_close(sum.get("weight").unwrap(), &[6.0; 6], 0.0);
         sum.scale(0.5);
