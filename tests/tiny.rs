@@ -53,8 +53,7 @@ fn a_picture_is_described() {
     assert!(found >= 3, "{found} of 6 descriptions are right");
 }
 
-/// The model binds instructions to objects too seldom for a test (docs/nexus-tiny.md has the scores), but it changes
-/// backgrounds, and what an instruction does not name stays.
+/// Backgrounds and colours change, and what an instruction does not name stays.
 #[test]
 fn an_instruction_changes_a_picture_and_leaves_the_rest() {
     let mut nexus = tiny();
@@ -70,6 +69,9 @@ fn an_instruction_changes_a_picture_and_leaves_the_rest() {
     };
     let found = right(Kind::Background, Task::Editing, 4, &mut changes);
     assert!(found >= 3, "{found} of 4 backgrounds are the new ones");
+    let mut recolours = |sample: &nexus::data::world::Sample| judge(&edit(sample), &sample.scenes[1]).correct;
+    let found = right(Kind::Recolour, Task::Editing, 4, &mut recolours);
+    assert!(found >= 2, "{found} of 4 objects have the new colour");
     let mut leaves = |sample: &nexus::data::world::Sample| {
         let truth = sample.messages[1].images().next().unwrap();
         psnr_outside(&edit(sample), truth, &changed_region(&sample.scenes[0], &sample.scenes[1])) >= 20.0
