@@ -10,6 +10,7 @@
     reason = "a bench may panic and print"
 )]
 
+mod cli;
 #[path = "../benches/stages/measure.rs"]
 #[allow(dead_code, reason = "loading is of interest to examples/bench_stage.rs")]
 mod measure;
@@ -31,18 +32,15 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
-use nexus::Precision;
 use nexus_core::testing::relative_drift;
 use plotters::prelude::{
     ChartBuilder, Color, IntoDrawingArea, IntoLogRange, Palette, Palette99, Rectangle, SVGBackend, WHITE,
 };
 use serde::{Deserialize, Serialize};
 
+use cli::write_whole;
 use models::Weights;
 use work::STAGES;
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Times the stages at middle sizes on every device and writes a table, a plot and JSON.
 #[derive(Parser)]
@@ -111,9 +109,9 @@ fn main() -> Result<()> {
         }
     }
     ensure!(!rows.is_empty(), "no stage ran on any device");
-    write(&args.out.join("backends.json"), &serde_json::to_vec_pretty(&rows)?)?;
-    write(&args.out.join("backends.md"), table(&rows).as_bytes())?;
-    write(&args.out.join("backends.svg"), plot(&rows, &devices)?.as_bytes())?;
+    write_whole(&args.out.join("backends.json"), &serde_json::to_vec_pretty(&rows)?)?;
+    write_whole(&args.out.join("backends.md"), table(&rows).as_bytes())?;
+    write_whole(&args.out.join("backends.svg"), plot(&rows, &devices)?.as_bytes())?;
     println!("{}", args.out.join("backends.md").display());
     Ok(())
 }
@@ -143,11 +141,10 @@ fn single(args: &Args, file: &Path) -> Result<()> {
     place::choose(nexus::device(device)?);
     let known = STAGES.iter().find(|known| known.name == stage).context("no such stage")?;
     let measured = measure::measure(known, Weights::Random, args.runs, args.seconds);
-    let Precision { weights, compute } = Precision::of(&place::device());
     let row = Row {
         stage: stage.clone(),
         device: device.clone(),
-        dtype: format!("{weights:?} weights, {compute:?}").to_lowercase(),
+        dtype: measure::dtype(),
         seconds: measured.median(),
         bytes: measured.device_bytes.or(measured.peak_bytes),
         drift: None,
@@ -155,12 +152,6 @@ fn single(args: &Args, file: &Path) -> Result<()> {
     };
     fs::write(file.with_extension("values"), measured.bytes())?;
     Ok(fs::write(file, serde_json::to_vec(&row)?)?)
-}
-
-/// Writes a file beside its place and puts it there whole.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = path.with_extension("unfinished");
-    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).with_context(|| path.display().to_string())
 }
 
 fn table(rows: &[Row]) -> String {

@@ -76,7 +76,7 @@ fn main() -> anyhow::Result<()> {
                 "group": stage.group,
                 "stage": stage.name,
                 "program": "nexus",
-                "dtype": "bf16 weights, f32 activations",
+                "dtype": measure::dtype(),
                 "median": measured.median(),
                 "min": times.iter().copied().reduce(f64::min),
                 "max": times.iter().copied().reduce(f64::max),

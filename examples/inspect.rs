@@ -35,17 +35,9 @@ fn main() -> Result<()> {
     let nexus = args.model.load()?;
     let files = nexus.files();
     println!("{}\n{}", files.nexus.display(), files.flux.display());
-    let stages = [
-        ("language_model", files.open_language_model().map(|checkpoint| checkpoint.path().to_path_buf())),
-        ("generation_decoder", files.generation_decoder()),
-        ("edit_decoder", files.edit_decoder()),
-        ("autoencoder", files.autoencoder()),
-        ("text_encoder", files.text_encoder()),
-        ("text_encoder_2", files.text_encoder_2()),
-    ];
     println!("\n{:<20} {:>8} {:>14} {:>12}  dtypes", "stage", "tensors", "parameters", "bytes");
     let mut bad = vec![];
-    for (stage, path) in stages {
+    for (stage, path) in files.weights() {
         let Ok(path) = path else {
             println!("{stage:<20} not there");
             continue;

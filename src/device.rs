@@ -81,7 +81,7 @@ impl Precision {
     ///
     /// # Errors
     /// [`DeviceError::UnsupportedDType`].
-    pub(crate) fn check(self, device: &Device) -> Result<(), DeviceError> {
+    pub fn check(self, device: &Device) -> Result<(), DeviceError> {
         let weights = match self.weights {
             LoadDType::Convert(dtype) => Some(dtype),
             LoadDType::AsStored => None,

@@ -145,6 +145,18 @@ impl ModelFiles {
         self.first("T5 text encoder", &self.flux, &["text_encoder_2"])
     }
 
+    /// Where the weights of every stage are, by the stage's name.
+    pub fn weights(&self) -> [(&'static str, Result<PathBuf, Error>); 6] {
+        [
+            ("language_model", self.open_language_model().map(|checkpoint| checkpoint.path().to_path_buf())),
+            ("generation_decoder", self.generation_decoder()),
+            ("edit_decoder", self.edit_decoder()),
+            ("autoencoder", self.autoencoder()),
+            ("text_encoder", self.text_encoder()),
+            ("text_encoder_2", self.text_encoder_2()),
+        ]
+    }
+
     /// Directory of the CLIP tokenizer, by FLUX.1-dev's name or by DiffSynth's.
     ///
     /// # Errors

@@ -101,9 +101,9 @@ impl Loader {
     /// encoder and the language model (with [`Residency::KeepAll`]); the decoders are loaded when first used.
     ///
     /// # Errors
-    /// [`Error::Device`] for a dtype that the device has not, [`Error::NoSuchDirectory`], [`Error::NoModel`], [`Error::Config`], [`Error::Data`] for the tokenizer, and the
-    /// stages' errors for their weights. That the decoders or FLUX files are absent is an error only when they are
-    /// needed.
+    /// [`Error::Device`] for a dtype that the device has not, [`Error::NoSuchDirectory`], [`Error::NoModel`],
+    /// [`Error::Config`], [`Error::Data`] for the tokenizer, and the stages' errors for their weights. That the decoders
+    /// or FLUX files are absent is an error only when they are needed.
     pub fn load(self, device: &Device) -> Result<Nexus, Error> {
         self.load_with_progress(device, &mut |_| ControlFlow::Continue(()))
     }

@@ -29,10 +29,13 @@ fn world(task: &str) -> Value {
     json!({"world": {"seed": 1, "task": task}})
 }
 
-fn decoder(more: Value) -> Value {
+/// A stage of a decoder for small pictures, with more settings of the decoder and of the stage.
+fn decoder(decoder: Value, stage: Value) -> Value {
     let mut settings = json!({"picture_px": 32});
-    settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    json!({"decoder": settings})
+    settings.as_object_mut().unwrap().extend(decoder.as_object().unwrap().clone());
+    let mut whole = json!({"decoder": settings});
+    whole.as_object_mut().unwrap().extend(stage.as_object().unwrap().clone());
+    whole
 }
 
 /// Metrics and exported weights of a run that is done.
@@ -70,7 +73,7 @@ fn the_language_model_resumes() {
 
 #[test]
 fn the_language_model_resumes_with_samples_that_it_sees_again() {
-    let settings = json!({"decoder": {"distinct_samples": 3}, "steps": 3});
+    let settings = json!({"distinct_samples": 3, "steps": 3});
     check_resumes(&recipe("autoregressive", json!("checkpoint"), world("editing"), settings));
 }
 
@@ -115,7 +118,7 @@ fn micro_batches_side_by_side_make_no_difference() {
     let settings = json!({"accumulation": 3, "batch_size": 1});
     check_side_by_side(recipe("autoregressive", json!("checkpoint"), world("editing"), settings.clone()));
     check_side_by_side(recipe("vision_encoder", json!("checkpoint"), world("understanding"), settings));
-    let settings = json!({"accumulation": 3, "batch_size": 1, "decoder": {"picture_px": 32, "distinct_samples": 2}});
+    let settings = decoder(json!({}), json!({"accumulation": 3, "batch_size": 1, "distinct_samples": 2}));
     check_side_by_side(recipe("editing_decoder", json!("checkpoint"), world("editing"), settings.clone()));
     check_side_by_side(recipe("autoencoder", json!({"random": {"seed": 1}}), world("generation"), settings));
 }
@@ -123,22 +126,26 @@ fn micro_batches_side_by_side_make_no_difference() {
 #[test]
 fn the_generation_decoder_resumes() {
     let settings = json!({"predicted_embeds": 0.5, "condition_dropout": 0.3});
-    check_resumes(&recipe("generation_decoder", json!("checkpoint"), world("generation"), decoder(settings)));
+    check_resumes(&recipe(
+        "generation_decoder",
+        json!("checkpoint"),
+        world("generation"),
+        decoder(settings, json!({})),
+    ));
 }
 
 #[test]
 fn the_editing_decoder_resumes_with_samples_that_it_sees_again() {
-    let settings = json!({"predicted_embeds": 0.5, "distinct_samples": 3});
-    check_resumes(&recipe("editing_decoder", json!("checkpoint"), world("editing"), decoder(settings)));
+    let settings = decoder(json!({"predicted_embeds": 0.5}), json!({"distinct_samples": 3}));
+    check_resumes(&recipe("editing_decoder", json!("checkpoint"), world("editing"), settings));
 }
 
 #[test]
 fn an_editing_decoder_begins_with_the_transformer_of_the_generation_decoder() {
     let dir = tempfile::tempdir().unwrap();
     let initial = json!({"generation_decoder": {"seed": 9}});
-    let mut settings = decoder(json!({"distinct_samples": 1}));
     // Too small a step to be seen in bf16.
-    settings.as_object_mut().unwrap().extend(json!({"steps": 1, "learning_rate": 1e-12}).as_object().unwrap().clone());
+    let settings = decoder(json!({}), json!({"distinct_samples": 1, "steps": 1, "learning_rate": 1e-12}));
     let recipe = recipe("editing_decoder", initial, world("editing"), settings);
     train(&recipe, random_models_dir(), dir.path().join("run"), &cpu(), &mut unobserved).unwrap();
     let begun = Checkpoint::open(dir.path().join("run/export/edit_decoder.safetensors")).unwrap();
@@ -163,9 +170,9 @@ fn distinct_samples_are_all_that_is_read() {
         (0..8).map(|i| if i % 2 == 0 { drawn.clone() } else { spoken.clone() }).collect();
     MessagesFile::write(&file, &conversations).unwrap();
     let data = json!({"messages": {"path": file}});
-    let run = |name: &str, distinct: Value, seed: u64| {
+    let run = |name: &str, stage: Value, seed: u64| {
         let data = data.clone();
-        let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, decoder(distinct));
+        let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, decoder(json!({}), stage));
         (recipe.seed, recipe.stages[0].steps) = (seed, 4);
         let run = dir.path().join(format!("{name}-{seed}"));
         train(&recipe, random_models_dir(), run, &cpu(), &mut unobserved)
@@ -180,7 +187,7 @@ fn distinct_samples_are_all_that_is_read() {
     assert!((1..4).contains(&finished), "{finished} of 4");
 
     // Four of eight are bad, and they count once although all come three times.
-    let settings = decoder(json!({"distinct_samples": 8}));
+    let settings = decoder(json!({}), json!({"distinct_samples": 8}));
     let mut recipe = recipe("generation_decoder", json!("checkpoint"), data, settings);
     (recipe.max_rejected, recipe.stages[0].steps, recipe.stages[0].batch_size) = (4, 3, 8);
     let again = dir.path().join("again");

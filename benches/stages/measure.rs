@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nexus::{Precision, core::checkpoint::LoadDType};
+
 use crate::{models::Weights, place, work::Stage};
 
 /// What was measured.
@@ -54,6 +56,17 @@ impl Measured {
     pub fn bytes(&self) -> Vec<u8> {
         self.values.iter().flat_map(|value| value.to_le_bytes()).collect()
     }
+}
+
+/// Dtypes that the stages run in, such as `bf16 weights, f32 activations`.
+pub fn dtype() -> String {
+    let Precision { weights, compute } = Precision::of(&place::device());
+    let weights = match weights {
+        // The weights of the benches are stored in bf16.
+        LoadDType::AsStored => "bf16".to_string(),
+        LoadDType::Convert(dtype) => format!("{dtype:?}"),
+    };
+    format!("{weights} weights, {compute:?} activations").to_lowercase()
 }
 
 /// Largest resident size of this process so far, where the system tells: mapped files that were read count too.

@@ -1,9 +1,5 @@
 //! What is measured: one piece of work per stage, made from weights, run as often as one likes.
 
-use crate::{
-    models::{Weights, diffusion_config},
-    place::{compute, device, ramp},
-};
 use burn::tensor::{DType, Tensor};
 use nexus::{
     GridThw, Noise,
@@ -16,6 +12,11 @@ use nexus::{
         transformer::{Dit, DoubleBlock, SingleBlock},
     },
     vision_encoder::VisionEncoder,
+};
+
+use crate::{
+    models::{Weights, diffusion_config},
+    place::{compute, device, ramp},
 };
 
 const PROMPT_TOKENS: usize = 300;

@@ -1,9 +1,14 @@
 //! What the examples share: arguments -> a loaded model, and progress events -> a bar on the terminal.
 #![allow(dead_code)] // Each example uses its part.
 
-use std::{ops::ControlFlow, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use nexus::{Nexus, Progress, Residency};
 
@@ -16,6 +21,12 @@ const TINY_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny
 
 /// A picture of that world to ask about or to edit.
 pub const SAMPLE_IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/scene.png");
+
+/// Writes a file beside its place and puts it there whole.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let beside = path.with_added_extension("unfinished");
+    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).with_context(|| path.display().to_string())
+}
 
 /// Which model runs, and where.
 #[derive(clap::Args)]

@@ -1,11 +1,13 @@
 //! Scores: right and wrong answers by group -> `report.json` and `report.md`.
 #![allow(dead_code, reason = "each example uses its part")]
 
-use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
+use std::{collections::BTreeMap, fmt::Write, path::Path};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nexus::data::world::Split;
 use serde::Serialize;
+
+use crate::cli::write_whole;
 
 /// Right ones among all, in all and by group.
 #[derive(Debug, Default, Serialize)]
@@ -107,14 +109,7 @@ impl Report {
                 writeln!(table, "\n{task}: {decibels:.1} dB PSNR outside the changed region, mean.")?;
             }
         }
-        let write = |name: &str, text: &[u8]| {
-            let path = dir.join(name);
-            let beside = dir.join(format!("{name}.unfinished"));
-            fs::write(&beside, text)
-                .and_then(|()| fs::rename(&beside, &path))
-                .with_context(|| path.display().to_string())
-        };
-        write("report.json", &serde_json::to_vec_pretty(self)?)?;
-        write("report.md", table.as_bytes())
+        write_whole(&dir.join("report.json"), &serde_json::to_vec_pretty(self)?)?;
+        write_whole(&dir.join("report.md"), table.as_bytes())
     }
 }

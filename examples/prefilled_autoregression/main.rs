@@ -231,8 +231,8 @@ fn report(args: &Args, ways: &[Way; 2], forced: &Errors, spread: &Spread) -> Res
         median_ms: way.median_ms(),
     });
     let report = Report { command, ways: ways.collect(), teacher_forced: forced, spread: spread.by_position() };
-    plots::write(&args.out.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
-    plots::write(&args.out.join("report.md"), table.as_bytes())?;
+    cli::write_whole(&args.out.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
+    cli::write_whole(&args.out.join("report.md"), table.as_bytes())?;
     println!("{table}\nreport: {}", args.out.join("report.md").display());
     Ok(())
 }

@@ -1,20 +1,14 @@
 //! Plots: errors by position -> curves and maps, as SVG files.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use plotters::prelude::{
     BLACK, ChartBuilder, Color, HSLColor, IntoDrawingArea, IntoFont, LineSeries, Palette, Palette99, PathElement,
     Rectangle, SVGBackend, Text, WHITE,
 };
 
-use crate::errors::Errors;
-
-/// Writes a file beside its place and puts it there whole.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = path.with_extension("unfinished");
-    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).with_context(|| path.display().to_string())
-}
+use crate::{cli::write_whole, errors::Errors};
 
 /// Mean squared error against the position, one curve for each way.
 pub fn curves(path: &Path, ways: &[(&str, &Errors)]) -> Result<()> {
@@ -49,7 +43,7 @@ pub fn curves(path: &Path, ways: &[(&str, &Errors)]) -> Result<()> {
         chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw().map_err(drawing)?;
         area.present().map_err(drawing)?;
     }
-    write(path, svg.as_bytes())
+    write_whole(path, svg.as_bytes())
 }
 
 /// Values of all positions as squares in the place where they lie in the picture, one map for each title.
@@ -82,7 +76,7 @@ pub fn maps(path: &Path, side: usize, maps: &[(&str, Vec<f64>)]) -> Result<()> {
         }
         area.present().map_err(drawing)?;
     }
-    write(path, svg.as_bytes())
+    write_whole(path, svg.as_bytes())
 }
 
 fn drawing(error: impl std::fmt::Display) -> anyhow::Error {

@@ -1,6 +1,8 @@
 //! Does nexus compute the right thing on this device? `cargo run --release --example verify -- --device cpu`
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
 
+#[path = "../cli/mod.rs"]
+mod cli;
 mod stages;
 
 use std::{
@@ -16,10 +18,6 @@ use nexus::{
 };
 use nexus_core::testing::{fixtures_dir, random_models_dir};
 use stages::{PICTURES, STAGES, Setting, Verdict, draw, hash, verify};
-
-/// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Runs every stage on a device and compares it with PyTorch's results, which the repository carries.
 ///
@@ -42,7 +40,7 @@ struct Args {
     #[arg(long, value_name = "DIR", requires = "model")]
     manifest: Option<PathBuf>,
     /// Write the expected pictures of nexus-tiny instead, on the CPU, after its weights changed
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["device", "dtype"])]
     golden: bool,
 }
 
@@ -71,12 +69,7 @@ fn main() -> Result<ExitCode> {
     env_logger::builder().filter_level(log::LevelFilter::Warn).parse_default_env().init();
     let device = nexus::device(&args.device)?;
     let precision = args.dtype.map_or_else(|| Precision::of(&device), Dtype::precision);
-    ensure!(
-        device.supports_dtype(precision.compute),
-        "{} has no {:?}: leave --dtype out, or choose f32",
-        args.device,
-        precision.compute
-    );
+    precision.check(&device)?;
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nexus-tiny");
     let setting = Setting { random: random_models_dir(), tiny, device, precision };
     for dir in [&setting.random, &setting.tiny, &fixtures_dir()] {
@@ -107,7 +100,7 @@ fn main() -> Result<ExitCode> {
             stages,
             passes,
         };
-        std::fs::write(path, serde_json::to_vec_pretty(&certificate)?).context(path.display().to_string())?;
+        cli::write_whole(path, &serde_json::to_vec_pretty(&certificate)?)?;
         println!("certificate: {}", path.display());
     }
     Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -157,16 +150,8 @@ fn weights(dir: &Path) -> Result<Vec<(String, String)>> {
 /// Compares every tensor of a model that has a manifest.
 fn check_manifests(model: &Path, manifests: &Path) -> Result<()> {
     let files = nexus::ModelFiles::find(model)?;
-    let stages = [
-        ("language_model", files.open_language_model().map(|checkpoint| checkpoint.path().to_path_buf())),
-        ("generation_decoder", files.generation_decoder()),
-        ("edit_decoder", files.edit_decoder()),
-        ("autoencoder", files.autoencoder()),
-        ("text_encoder", files.text_encoder()),
-        ("text_encoder_2", files.text_encoder_2()),
-    ];
     let mut checked = 0;
-    for (stage, path) in stages {
+    for (stage, path) in files.weights() {
         let manifest = manifests.join(format!("{stage}.json"));
         if let (Ok(path), true) = (path, manifest.is_file()) {
             Manifest::load(&manifest)?.verify(&Checkpoint::open(path)?, &mut |_| ())?;

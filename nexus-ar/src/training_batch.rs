@@ -167,19 +167,16 @@ fn groups(lengths: &[usize]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     let mut shortest = 0;
     for &length in lengths {
-        match groups.last_mut() {
-            Some(Group { samples, tokens })
-                if length.max(*tokens) - length.min(shortest) <= length.max(*tokens) / PADDING_SHARE =>
-            {
-                *samples += 1;
-                *tokens = length.max(*tokens);
-                shortest = length.min(shortest);
-            }
-            _ => {
-                groups.push(Group { samples: 1, tokens: length });
-                shortest = length;
+        if let Some(group) = groups.last_mut() {
+            let (least, most) = (length.min(shortest), length.max(group.tokens));
+            if most - least <= most / PADDING_SHARE {
+                *group = Group { samples: group.samples + 1, tokens: most };
+                shortest = least;
+                continue;
             }
         }
+        groups.push(Group { samples: 1, tokens: length });
+        shortest = length;
     }
     groups
 }

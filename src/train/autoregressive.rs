@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::Path};
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Int, Tensor, TensorData},
+    tensor::{Device, FloatDType, Int, Tensor},
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
@@ -167,7 +167,7 @@ impl LanguageTask {
         });
         for encoded in encoded {
             let (number, sample) = encoded?;
-            if batch.stage.decoder.distinct_samples.is_some() {
+            if batch.stage.distinct_samples.is_some() {
                 self.encoded.1.insert(batch.feed.first(number), sample.clone());
             }
             samples.push((number, sample));
@@ -308,12 +308,12 @@ impl Task for LanguageTask {
         };
         if let (Some(head), Some(Seen { embeds, pixels, grids, shown })) = (&module.appearance_head, seen) {
             let noise = Draws::new(seed, "embeds noise", first).normal(embeds.dims(), &self.device) * embeds_noise;
-            let noisy = embeds.clone() + noise.clone();
+            let noisy = module.label_head.as_ref().map(|head| (head, embeds.clone() + noise.clone()));
             let appearance = AppearanceObjective::default()
                 .loss(head, AppearanceInput { embeds, patches: pixels, grids: &grids, noise });
             losses.total = losses.total + appearance.total * appearance_weight;
             losses.parts.extend([("pixels", appearance.pixels), ("position", appearance.position)]);
-            if let Some(labels) = label_loss(module.label_head.as_ref(), noisy, &grids, &shown) {
+            if let Some(labels) = noisy.and_then(|(head, noisy)| label_loss(head, noisy, &grids, &shown)) {
                 losses.total = losses.total + labels.clone() * label_weight;
                 losses.parts.push(("labels", labels));
             }
@@ -336,12 +336,7 @@ impl Task for LanguageTask {
 ///
 /// # Shapes
 /// - `embeds`: `[1, tokens, hidden]` of all images
-fn label_loss(
-    head: Option<&LabelHead>,
-    embeds: Tensor<3>,
-    grids: &[GridThw],
-    shown: &[Option<Scene>],
-) -> Option<Tensor<1>> {
+fn label_loss(head: &LabelHead, embeds: Tensor<3>, grids: &[GridThw], shown: &[Option<Scene>]) -> Option<Tensor<1>> {
     let (mut rows, mut labels, mut start) = (Vec::new(), Vec::new(), 0);
     for (grid, scene) in grids.iter().zip(shown) {
         let end = start + grid.num_merged_tokens() as i64;
@@ -351,8 +346,10 @@ fn label_loss(
         }
         start = end;
     }
-    let head = head.filter(|_| !rows.is_empty())?;
-    let rows = Tensor::<1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &embeds.device());
+    if rows.is_empty() {
+        return None;
+    }
+    let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &embeds.device());
     Some(head.loss(embeds.squeeze_dim::<2>(0).select(0, rows), &labels))
 }
 

@@ -39,7 +39,7 @@ const SAMPLE_STEPS: usize = 12;
 const SAMPLE_PICTURES: usize = 8;
 
 /// What the two decoders have in common for training.
-pub(crate) trait TrainedDecoder: Module {
+pub(crate) trait TrainedDecoder: Module + Sync {
     /// Names in the released file.
     const NAMES: WeightNames;
     /// Name of the exported file.
@@ -279,7 +279,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         if let (Some(ar), true, None) = (&self.ar, predicts, &encoded.predicted) {
             encoded.predicted = self.predict(ar, &encoded.messages)?;
         }
-        if stage.decoder.distinct_samples.is_some() {
+        if stage.distinct_samples.is_some() {
             self.encoded.1.insert(first, encoded.clone());
         }
         if let Some(predicted) = encoded.predicted.take().filter(|_| predicts) {

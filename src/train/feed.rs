@@ -49,7 +49,7 @@ impl Feed {
             stage.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
         let mixture = Mixture::new(recipe.seed.wrapping_add(index as u64), &shares)?;
         let rejected = RejectedSamples::new(dir.path().join(REJECTED), recipe.max_rejected)?.with_count(rejected)?;
-        Ok(Self { mixture, sources, rejected, distinct: stage.decoder.distinct_samples })
+        Ok(Self { mixture, sources, rejected, distinct: stage.distinct_samples })
     }
 
     /// The first sample that is the same as this one.

@@ -97,6 +97,10 @@ pub struct StageRecipe {
     pub accumulation: usize,
     /// Sources and their shares.
     pub data: Vec<DataRecipe>,
+    /// Number of samples that are seen again and again; frozen parts encode them once and keep that in memory. Without
+    /// it, every sample is new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distinct_samples: Option<u64>,
     /// Parameters that stay as they are, by their names in the released files.
     #[serde(default)]
     pub frozen: Vec<NamePattern>,
@@ -240,21 +244,11 @@ pub struct DecoderRecipe {
     pub condition_dropout: f64,
     /// Share of samples that are conditioned on the autoregressive model's prediction instead of the true embeddings.
     pub predicted_embeds: f64,
-    /// Number of samples that are seen again and again, and that are encoded once and kept in memory, by the decoders'
-    /// stages and by the language model's; without it, every sample is new.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub distinct_samples: Option<u64>,
 }
 
 impl Default for DecoderRecipe {
     fn default() -> Self {
-        Self {
-            picture_px: 512,
-            embedded_guidance: 3.5,
-            condition_dropout: 0.0,
-            predicted_embeds: 0.0,
-            distinct_samples: None,
-        }
+        Self { picture_px: 512, embedded_guidance: 3.5, condition_dropout: 0.0, predicted_embeds: 0.0 }
     }
 }
 
@@ -370,7 +364,7 @@ impl StageRecipe {
                 return wrong(field, format!("{share} must lie in 0..=1"));
             }
         }
-        if self.decoder.distinct_samples == Some(0) {
+        if self.distinct_samples == Some(0) {
             return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);

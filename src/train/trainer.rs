@@ -22,7 +22,7 @@ use super::{
 };
 
 /// What is trained: a module, its names, and how a batch becomes a loss.
-pub(crate) trait Task {
+pub(crate) trait Task: Sync {
     /// Everything that has trained or frozen parameters.
     type Module: Module;
 
@@ -93,7 +93,7 @@ pub enum TrainOutcome {
 }
 
 /// Runs a recipe in a directory, or goes on where it was left.
-pub(crate) fn train<T: Task + Sync>(
+pub(crate) fn train<T: Task>(
     mut task: T,
     recipe: &Recipe,
     run: &Path,
@@ -223,7 +223,7 @@ pub(crate) fn train<T: Task + Sync>(
 }
 
 /// Values and gradients of the losses of some micro-batches, in order.
-fn backward_all<T: Task + Sync>(
+fn backward_all<T: Task>(
     task: &T,
     module: &T::Module,
     stage: &StageRecipe,
@@ -233,7 +233,14 @@ fn backward_all<T: Task + Sync>(
     // Gradients of one graph wait for each other, so each micro-batch has parameters of its own.
     let forks = batches.into_iter().enumerate().map(|(index, batch)| {
         let module = module.clone();
-        (if index == 0 { module } else { module.clone().fork(&module.devices()[0]) }, batch)
+        let device = module.devices().into_iter().next().filter(|_| index > 0);
+        (
+            match device {
+                Some(device) => module.fork(&device),
+                None => module,
+            },
+            batch,
+        )
     });
     workers.map(forks.collect(), |(module, batch)| {
         let losses = task.loss(&module, stage, batch)?;

@@ -48,7 +48,11 @@ impl Workers {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Barrier, thread::current};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        thread::current,
+        time::{Duration, Instant},
+    };
 
     use super::*;
 
@@ -66,12 +70,16 @@ mod tests {
 
     #[test]
     fn two_workers_work_at_the_same_time() {
-        let both = Barrier::new(2);
-        let threads = Workers::new(2).unwrap().map(vec![(), ()], |()| {
-            both.wait();
-            current().id()
+        let begun = AtomicUsize::new(0);
+        let met = Workers::new(2).unwrap().map(vec![(), ()], |()| {
+            begun.fetch_add(1, Ordering::SeqCst);
+            let patience = Instant::now();
+            while begun.load(Ordering::SeqCst) < 2 && patience.elapsed() < Duration::from_secs(20) {
+                std::thread::yield_now();
+            }
+            begun.load(Ordering::SeqCst) == 2
         });
-        assert_ne!(threads[0], threads[1]);
+        assert_eq!(met, [true, true]);
         assert!(Workers::new(1).unwrap().map(vec![(), ()], |()| current().id()).iter().all(|&id| id == current().id()));
     }
 }
