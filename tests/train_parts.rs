@@ -77,6 +77,44 @@ fn the_language_model_resumes_with_samples_that_it_sees_again() {
     check_resumes(&recipe("autoregressive", json!("checkpoint"), world("editing"), settings));
 }
 
+/// Metrics of the first step that is written.
+fn first_metrics(recipe: &Recipe) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    train(recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();
+    let metrics = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+    serde_json::from_str(metrics.lines().next().unwrap()).unwrap()
+}
+
+#[test]
+fn the_language_model_resumes_with_labels_and_attention() {
+    let loss = |weight: f64| {
+        let weights = json!({
+            "label_weight": weight, "input_label_weight": 2.0 * weight, "attention_weight": 3.0 * weight,
+            "state_layers": 1,
+        });
+        json!({"loss": weights})
+    };
+    let recipe = |labels| recipe("autoregressive", json!("checkpoint"), world("editing"), loss(labels));
+    check_resumes(&recipe(0.5));
+    let (with, without) = (first_metrics(&recipe(0.5)), first_metrics(&recipe(0.0)));
+    let parts = ["labels", "input_labels", "attention"];
+    let [labels, input_labels, attention] = parts.map(|part| with[part].as_f64().unwrap());
+    assert!(labels > 1.0 && input_labels > 1.0 && attention > 0.5, "{with}");
+    let expected = without["loss"].as_f64().unwrap() + 0.5 * labels + input_labels + 1.5 * attention;
+    let loss = with["loss"].as_f64().unwrap();
+    assert!((loss - expected).abs() < 1e-4 * expected, "{loss} {expected}");
+    assert!(parts.iter().all(|&part| without.get(part).is_none()), "{without}");
+}
+
+#[test]
+fn states_after_more_layers_than_there_are_are_refused() {
+    let loss = json!({"loss": {"input_label_weight": 1.0, "state_layers": 99}});
+    let recipe = recipe("autoregressive", json!("checkpoint"), world("editing"), loss);
+    let dir = tempfile::tempdir().unwrap();
+    let error = train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap_err().to_string();
+    assert!(error.contains("state_layers") && error.contains("99"), "{error}");
+}
+
 #[test]
 fn the_vision_encoder_resumes() {
     let initial = json!({"random": {"seed": 2}});
@@ -91,10 +129,7 @@ fn the_vision_encoder_resumes_with_labels_and_muon() {
     });
     let recipe = recipe("vision_encoder", json!("checkpoint"), world("multi_turn"), settings);
     check_resumes(&recipe);
-    let dir = tempfile::tempdir().unwrap();
-    train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();
-    let metrics = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
-    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    let first = first_metrics(&recipe);
     // Heads that know nothing yet: about the mean of the logarithms of the numbers of classes.
     let labels = first["labels"].as_f64().unwrap();
     assert!((1.0..2.2).contains(&labels), "{labels}");

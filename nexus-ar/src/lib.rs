@@ -26,6 +26,7 @@
 //!
 //! Strings and pixels never come here; the KV cache belongs to the caller.
 
+mod attended;
 mod config;
 mod error;
 mod generate;
@@ -37,6 +38,7 @@ mod sampling;
 mod training_batch;
 mod weights;
 
+pub use attended::Attended;
 pub use config::{ArConfig, GenerationConfig, RopeScaling, TokenIds};
 pub use error::ArError;
 pub use generate::{
@@ -45,7 +47,7 @@ pub use generate::{
 };
 pub use kv_cache::KvCache;
 pub use model::{ArModel, NUM_IMAGE_TOKENS, TextModel};
-pub use objective::{ArLoss, ArObjective};
+pub use objective::{AnswerEmbeds, ArLoss, ArObjective, ArOutput};
 pub use position::{PositionIds, image_position_ids, position_ids};
 pub use sampling::{Sampler, SamplingOptions};
 pub use training_batch::{TrainingBatch, TrainingSample};

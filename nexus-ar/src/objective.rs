@@ -1,7 +1,7 @@
 //! What the model is trained for: a batch of samples -> cross entropy of text and distance of image embeddings.
 
 use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_softmax};
-use nexus_core::nn::RotaryTable;
+use nexus_core::nn::{DecoderLayer, RotaryTable, Visibility};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -49,6 +49,26 @@ pub struct ArLoss {
     pub image: Tensor<1>,
 }
 
+/// Embeddings of all answers of a batch: f32 `[81 * answers, hidden]` each.
+#[derive(Debug, Clone)]
+pub struct AnswerEmbeds {
+    /// What the model predicts.
+    pub predicted: Tensor<2>,
+    /// What it should predict, as constants.
+    pub truth: Tensor<2>,
+}
+
+/// Losses of a batch and what other losses can be made of.
+#[derive(Debug, Clone)]
+pub struct ArOutput {
+    /// The losses.
+    pub loss: ArLoss,
+    /// Embeddings of the answers; `None` if there is none.
+    pub answers: Option<AnswerEmbeds>,
+    /// Hidden states after the first layers that were asked for: `[rows, hidden]` in the compute dtype.
+    pub states: Tensor<2>,
+}
+
 impl ArObjective {
     /// The losses of a batch, computed by the model in `dtype`; gradients reach the model and the input images, but
     /// not the true embeddings.
@@ -60,27 +80,47 @@ impl ArObjective {
     /// Differs: the losses are computed in f32 from predictions in `dtype`; scores are computed for learned positions
     /// alone.
     pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
-        let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
+        Ok(self.output(model, batch, dtype, 0)?.loss)
+    }
+
+    /// The losses of a batch as [`ArObjective::loss`] computes them, the predicted embeddings, and the hidden states
+    /// after `layers` layers; gradients reach the model through all three.
+    ///
+    /// # Errors
+    /// As [`ArObjective::loss`].
+    ///
+    /// # Panics
+    /// If the model has fewer layers.
+    pub fn output(
+        &self,
+        model: &ArModel,
+        batch: &TrainingBatch,
+        dtype: FloatDType,
+        layers: usize,
+    ) -> Result<ArOutput, ArError> {
+        let embeds = model.embed_batch(batch, self.prefill, dtype)?;
+        let BatchStates { early, last: hidden } = model.batch_states(embeds, batch, layers);
         let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
         if !batch.text_labels.is_empty() {
-            let (rows, ids): (Vec<i64>, Vec<i64>) =
-                batch.text_labels.iter().map(|&(row, id)| (row as i64, i64::from(id))).unzip();
-            let predicting = hidden.clone().select(0, indices(rows, &hidden));
+            let (rows, ids): (Vec<usize>, Vec<i64>) =
+                batch.text_labels.iter().map(|&(row, id)| (row, i64::from(id))).unzip();
+            let predicting = select(&hidden, &rows);
             cross_entropy = mean_cross_entropy(model.logits(predicting.unsqueeze()).squeeze_dim(0), ids);
         }
-        if !batch.image_labels.is_empty() {
-            let rows = batch.image_labels.iter().map(|&row| row as i64).collect();
-            let predicting = hidden.clone().select(0, indices(rows, &hidden));
+        let answers = (!batch.image_labels.is_empty()).then(|| {
+            let predicting = select(&hidden, &batch.image_labels);
             let predicted = model.predict_embeds(predicting.unsqueeze()).squeeze_dim::<2>(0).cast(DType::F32);
-            let target = batch.target_rows(FloatDType::F32);
-            mse = (predicted.clone() - target.clone()).square().mean();
-            cosine = cosine_distance(predicted, target);
+            AnswerEmbeds { predicted, truth: batch.target_rows(FloatDType::F32) }
+        });
+        if let Some(AnswerEmbeds { predicted, truth }) = &answers {
+            mse = (predicted.clone() - truth.clone()).square().mean();
+            cosine = cosine_distance(predicted.clone(), truth.clone());
         }
         let image = (mse.clone() + cosine.clone()) * 0.5;
         let total = cross_entropy.clone() * self.token_weight + image.clone() * self.image_weight;
-        Ok(ArLoss { total, cross_entropy, mse, cosine, image })
+        Ok(ArOutput { loss: ArLoss { total, cross_entropy, mse, cosine, image }, answers, states: early })
     }
 
     /// What the model predicts for the answer images of a batch, as constants: each embedding from what stands before
@@ -98,10 +138,7 @@ impl ArObjective {
         dtype: FloatDType,
     ) -> Result<Vec<Tensor<3>>, ArError> {
         let hidden = model.forward_batch(model.embed_batch(batch, self.prefill, dtype)?, batch);
-        let predict = |rows: &[usize]| {
-            let rows = indices(rows.iter().map(|&row| row as i64).collect(), &hidden);
-            model.predict_embeds(hidden.clone().select(0, rows).unsqueeze()).detach()
-        };
+        let predict = |rows: &[usize]| model.predict_embeds(select(&hidden, rows).unsqueeze()).detach();
         Ok(batch.image_labels.chunks(NUM_IMAGE_TOKENS).map(predict).collect())
     }
 }
@@ -151,8 +188,14 @@ impl ArModel {
     /// # Panics
     /// If the embeddings are not those of the batch.
     pub fn forward_batch(&self, embeds: Tensor<2>, batch: &TrainingBatch) -> Tensor<2> {
+        self.batch_states(embeds, batch, 0).last
+    }
+
+    /// As [`ArModel::forward_batch`], with the hidden states after `layers` layers.
+    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, layers: usize) -> BatchStates {
         let [rows, hidden] = embeds.dims();
         assert_eq!(rows, batch.num_rows(), "rows of the batch");
+        let (first, rest) = self.model.layers.split_at(layers);
         let mut start = 0;
         let groups = batch.groups.iter().map(|&Group { samples, tokens }| {
             let rows = samples * tokens;
@@ -162,10 +205,24 @@ impl ArModel {
             let shape = [samples, tokens, pairs];
             let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
             start += rows;
-            self.forward_layers(group, &rotary, None).reshape([rows, hidden])
+            let run = |layers: &[DecoderLayer], x: Tensor<3>| {
+                layers.iter().fold(x, |x, layer| layer.forward(x, &rotary, Visibility::Causal, None))
+            };
+            let early = run(first, group);
+            let last = self.model.norm.forward(run(rest, early.clone()));
+            (early.reshape([rows, hidden]), last.reshape([rows, hidden]))
         });
-        Tensor::cat(groups.collect(), 0)
+        let (early, last): (Vec<_>, Vec<_>) = groups.unzip();
+        BatchStates { early: Tensor::cat(early, 0), last: Tensor::cat(last, 0) }
     }
+}
+
+/// Hidden states of a batch, `[rows, hidden]` each.
+struct BatchStates {
+    /// After the first layers.
+    early: Tensor<2>,
+    /// After the final norm.
+    last: Tensor<2>,
 }
 
 impl TrainingBatch {
@@ -176,6 +233,26 @@ impl TrainingBatch {
     fn target_rows(&self, dtype: FloatDType) -> Tensor<2> {
         let rows = |image: &nexus_core::ImageEmbeds| image.values.clone().inner().squeeze_dim::<2>(0).cast(dtype);
         Tensor::cat(self.targets.iter().map(rows).collect(), 0)
+    }
+
+    /// States at the tokens of the input images, in the order of the images; `None` if there is none.
+    ///
+    /// # Shapes
+    /// - `states`: `[rows, hidden]`
+    /// - returns: `[input tokens, hidden]`
+    pub fn input_states(&self, states: &Tensor<2>) -> Option<Tensor<2>> {
+        let is_input = |(row, place): (usize, &Place)| matches!(place, Place::Input(_)).then_some(row);
+        let rows: Vec<usize> = self.places.iter().enumerate().filter_map(is_input).collect();
+        (!rows.is_empty()).then(|| select(states, &rows))
+    }
+
+    /// First row and number of rows, padding included, of every sample.
+    pub(crate) fn sample_rows(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let mut start = 0;
+        self.groups.iter().flat_map(|group| std::iter::repeat_n(group.tokens, group.samples)).map(move |tokens| {
+            start += tokens;
+            (start - tokens, tokens)
+        })
     }
 }
 
@@ -194,6 +271,11 @@ fn cosine_distance(a: Tensor<2>, b: Tensor<2>) -> Tensor<1> {
     let scale = norm(&a) * norm(&b);
     let cosine = (a * b).sum_dim(1) / scale;
     (cosine.neg() + 1.0).mean()
+}
+
+/// Rows of a `[rows, width]`.
+fn select(x: &Tensor<2>, rows: &[usize]) -> Tensor<2> {
+    x.clone().select(0, indices(rows.iter().map(|&row| row as i64).collect(), x))
 }
 
 fn indices<const D: usize>(values: Vec<i64>, like: &Tensor<D>) -> Tensor<1, Int> {
@@ -309,6 +391,33 @@ mod tests {
             let loss = objective.loss(&model, &batch, FloatDType::F32).unwrap();
             assert_close(&mse, &[value(&loss.mse)], 1e-6);
         }
+    }
+
+    #[test]
+    fn early_states_lead_to_the_last_and_pick_the_input_images() {
+        let (model, objective) = (model(), ArObjective::default());
+        let batch = batch(vec![words(), editing(), editing()]);
+        let output = |layers| objective.output(&model, &batch, FloatDType::F32, layers).unwrap();
+        let loss = value(&objective.loss(&model, &batch, FloatDType::F32).unwrap().total);
+        let image = editing().inputs[0].values.clone().squeeze_dim::<2>(0);
+        let inputs = Tensor::cat(vec![image.clone(), image], 0);
+        assert_close_tensors(&batch.input_states(&output(0).states).unwrap().inner(), &inputs, 0.0);
+        let layers = model.config().num_hidden_layers;
+        for layers in [1, layers] {
+            let output = output(layers);
+            assert_eq!(value(&output.loss.total), loss);
+            let states = batch.input_states(&output.states).unwrap().inner();
+            assert_eq!(states.dims(), inputs.dims());
+            assert!(value(&(states - inputs.clone()).square().mean()) > 1e-4);
+        }
+        let target = editing().targets[0].values.clone().squeeze_dim::<2>(0);
+        let AnswerEmbeds { predicted, truth } = output(0).answers.unwrap();
+        assert_close_tensors(&truth, &Tensor::cat(vec![target.clone(), target], 0), 0.0);
+        let mse = (predicted.inner() - truth).square().mean();
+        assert_close(&mse, &[value(&output(0).loss.mse)], 1e-6);
+        let text = TrainingBatch::new(vec![words()], &tiny()).unwrap();
+        let output = objective.output(&model, &text, FloatDType::F32, 1).unwrap();
+        assert!(output.answers.is_none() && text.input_states(&output.states).is_none());
     }
 
     /// What the model draws from its own predictions is what it predicts when they are given as the truth.

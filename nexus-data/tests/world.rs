@@ -114,6 +114,57 @@ fn kinds_can_be_chosen() {
 }
 
 #[test]
+fn an_answer_says_where_it_is_about() {
+    let world = World::new(13);
+    let text = |message: &Message| message.texts().collect::<String>();
+    let mut kinds = BTreeMap::new();
+    for index in 0..count(1000) {
+        let asked = [Kind::Where, Kind::Colour, Kind::Shape, Kind::Content, Kind::Count][index as usize % 5];
+        let sample = world.sample_of(Task::MultiTurn, &[asked], Split::Train, index);
+        assert_eq!(sample.kind, asked);
+        let answers: Vec<String> =
+            sample.messages.iter().filter(|message| message.role == Role::Assistant).map(text).collect();
+        assert_eq!((answers.len(), sample.places.len()), (8, 8), "{}", sample.id);
+        for (answer, places) in answers.iter().zip(&sample.places) {
+            let language = sample.language;
+            let here = |place: Place| sample.scenes[0].objects.iter().filter(move |object| object.place == place);
+            // What cannot be asked of a scene is replaced by a question of presence, which is about none or several.
+            if ["yes", "no", "是", "否"].contains(&answer.as_str()) {
+                assert!(places.is_empty(), "{}: {answer} in {places:?}", sample.id);
+                continue;
+            }
+            if let Ok(number) = answer.parse::<usize>() {
+                assert_eq!(places.len(), number, "{}: {answer}", sample.id);
+                *kinds.entry("count").or_insert(0) += 1;
+                continue;
+            }
+            let [place] = places[..] else { panic!("{}: {answer} in {places:?}", sample.id) };
+            let mut told = vec![("where", place.name(language) == answer)];
+            told.push(("colour", here(place).any(|object| object.colour.name(language) == answer)));
+            told.push(("shape", here(place).any(|object| object.shape.name(language) == answer)));
+            let names = |object: &nexus_data::world::Object| {
+                answer.contains(object.colour.name(language)) && answer.contains(object.shape.name(language))
+            };
+            told.push(("content", here(place).all(names)));
+            let found = told.into_iter().find(|(_, told)| *told);
+            let (kind, _) = found.unwrap_or_else(|| panic!("{}: {answer} in {place:?}", sample.id));
+            *kinds.entry(kind).or_insert(0) += 1;
+        }
+    }
+    assert_eq!(kinds.len(), 5, "{kinds:?}");
+    for index in 0..count(300) {
+        let sample = world.sample(Task::Editing, Split::Train, index);
+        let [before, after] = &sample.scenes[..] else { panic!("{}: two scenes", sample.id) };
+        let of_whole = [Kind::Background, Kind::Restyle].contains(&sample.kind);
+        assert_eq!(sample.places[0].is_empty(), of_whole, "{}: {}", sample.id, sample.prompt);
+        for &place in &sample.places[0] {
+            let at = |scene: &Scene| -> Vec<_> { scene.objects.iter().copied().filter(|o| o.place == place).collect() };
+            assert_ne!(at(before), at(after), "{}: {}", sample.id, sample.prompt);
+        }
+    }
+}
+
+#[test]
 fn an_edit_changes_what_it_says_and_nothing_else() {
     let world = World::new(10);
     let mut kinds = BTreeSet::new();

@@ -4,25 +4,27 @@ use std::{collections::HashMap, path::Path};
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Int, Tensor},
+    tensor::{Device, FloatDType, Tensor},
 };
-use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
+use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, TrainingBatch, TrainingSample};
 use nexus_core::{
-    GridThw, ImageEmbeds,
+    ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
+    config::ConfigError,
     train::{Draws, InitialWeights, initialize},
 };
 use nexus_data::{
     Image, Patches, ProcessOptions, Processor, TrainingInput,
-    world::{LABEL_CLASSES, Scene},
+    world::{LABEL_CLASSES, Place, Scene},
 };
 use nexus_vision_encoder::{
-    AppearanceHead, AppearanceInput, AppearanceObjective, LabelHead, VisionConfig, VisionEncoder,
+    AppearanceHead, AppearanceInput, AppearanceLoss, AppearanceObjective, LabelHead, VisionConfig, VisionEncoder,
 };
 
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
     feed::Conversation,
+    labels::{STATE_CLASSES, Shown, attended_tokens},
     trainer::{Losses, MicroBatch, Task},
 };
 use crate::ModelFiles;
@@ -37,6 +39,7 @@ pub(crate) struct LanguageModule {
     visual: Option<VisionEncoder>,
     appearance_head: Option<AppearanceHead>,
     label_head: Option<LabelHead>,
+    input_label_head: Option<LabelHead>,
 }
 
 /// Training of [`LanguageModule`].
@@ -47,7 +50,24 @@ pub(crate) struct LanguageTask {
     encoder: Option<VisionEncoder>,
     device: Device,
     /// Samples that come again, with the images as the frozen encoder sees them; of the stage with this seed.
-    encoded: (u64, HashMap<u64, TrainingSample>),
+    encoded: (u64, HashMap<u64, KnownSample>),
+}
+
+/// A sample and what is known of it.
+#[derive(Debug, Clone)]
+struct KnownSample {
+    sample: TrainingSample,
+    /// What its images show, inputs before answers.
+    shown: Vec<Option<Scene>>,
+    /// Where its answers are about, each for the token that predicts the first of the answer.
+    attended: Vec<(usize, Vec<usize>)>,
+}
+
+/// A conversation as tokens and pixels, and what is known of it.
+struct KnownInput {
+    input: TrainingInput,
+    scenes: Vec<Scene>,
+    places: Vec<Vec<Place>>,
 }
 
 /// Released names, and those of the head that no file keeps.
@@ -83,9 +103,22 @@ impl LanguageTask {
             Ok::<_, TrainError>(VisionEncoder::load(&checkpoint, &vision_config, device, &options)?)
         };
         let width = config.hidden_size;
-        let learns_labels = trains_encoder && recipe.stages.iter().any(|stage| stage.loss.label_weight > 0.0);
+        let learns = |weight: fn(&LossRecipe) -> f64| {
+            recipe.stages.iter().map(|stage| &stage.loss).any(|loss| weight(loss) > 0.0)
+        };
+        for LossRecipe { state_layers, input_label_weight, attention_weight, .. } in
+            recipe.stages.iter().map(|stage| &stage.loss)
+        {
+            let layers = state_layers + usize::from(*attention_weight > 0.0);
+            if layers > config.num_hidden_layers && *input_label_weight + attention_weight > 0.0 {
+                let reason = format!("{layers} layers are needed, the model has {}", config.num_hidden_layers);
+                return Err(ConfigError::incoherent("state_layers", reason).into());
+            }
+        }
+        let labels = |learnt: bool, classes: &[usize]| learnt.then(|| LabelHead::new(width, classes, &tracked));
+        let label_head = labels(learns(|loss| loss.label_weight), &LABEL_CLASSES);
+        let input_label_head = labels(learns(|loss| loss.input_label_weight), &STATE_CLASSES);
         let appearance_head = trains_encoder.then(|| AppearanceHead::new(width, HEAD_HIDDEN, &tracked));
-        let label_head = learns_labels.then(|| LabelHead::new(width, &LABEL_CLASSES, &tracked));
         let (module, encoder) = match &recipe.initial {
             Initial::Random(weights) => {
                 let module = LanguageModule {
@@ -93,6 +126,7 @@ impl LanguageTask {
                     visual: trains_encoder.then(|| VisionEncoder::new(&vision_config, &tracked)),
                     appearance_head,
                     label_head,
+                    input_label_head,
                 };
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
                 (initialize(module, &NAMES, weights), encoder)
@@ -105,11 +139,14 @@ impl LanguageTask {
                     false => None,
                 };
                 let fresh = InitialWeights { seed: recipe.seed, gain: 1.0, zero: vec![] };
+                let label =
+                    |head: Option<LabelHead>, prefix| head.map(|head| initialize(head, &head_names(prefix), &fresh));
                 let appearance_head =
                     appearance_head.map(|head| initialize(head, &head_names("appearance_head."), &fresh));
-                let label_head = label_head.map(|head| initialize(head, &head_names("label_head."), &fresh));
+                let label_head = label(label_head, "label_head.");
+                let input_label_head = label(input_label_head, "input_label_head.");
                 let encoder = if trains_encoder { None } else { Some(encoder()?) };
-                (LanguageModule { ar, visual, appearance_head, label_head }, encoder)
+                (LanguageModule { ar, visual, appearance_head, label_head, input_label_head }, encoder)
             }
         };
         Ok(Self {
@@ -122,14 +159,10 @@ impl LanguageTask {
     }
 
     /// One sample of a micro-batch, and what its images show where that is known; `None` if it cannot be used.
-    fn input(
-        &self,
-        batch: &mut MicroBatch<'_>,
-        number: u64,
-    ) -> Result<Option<(TrainingInput, Vec<Scene>)>, TrainError> {
-        let Some(Conversation { messages, scenes }) = batch.feed.conversation(number)? else { return Ok(None) };
+    fn input(&self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<KnownInput>, TrainError> {
+        let Some(Conversation { messages, scenes, places }) = batch.feed.conversation(number)? else { return Ok(None) };
         match self.processor.training_input(&messages, &ProcessOptions::default()) {
-            Ok(input) => Ok(Some((input, scenes))),
+            Ok(input) => Ok(Some(KnownInput { input, scenes, places })),
             Err(error) => batch.feed.reject(number, &error).map(|()| None),
         }
     }
@@ -139,7 +172,7 @@ impl LanguageTask {
         &mut self,
         encoder: &VisionEncoder,
         mut batch: MicroBatch<'_>,
-    ) -> Result<Vec<TrainingSample>, TrainError> {
+    ) -> Result<Vec<KnownSample>, TrainError> {
         if self.encoded.0 != batch.seed {
             self.encoded = (batch.seed, HashMap::new());
         }
@@ -148,7 +181,7 @@ impl LanguageTask {
             let first = batch.feed.first(number);
             match self.encoded.1.get(&first) {
                 Some(known) => samples.push((number, known.clone())),
-                None => new.extend(self.input(&mut batch, number)?.map(|(input, _)| (number, input))),
+                None => new.extend(self.input(&mut batch, number)?.map(|input| (number, input))),
             }
         }
         let (dtype, device) = (compute_dtype(batch.stage), self.device.clone().inner());
@@ -160,10 +193,14 @@ impl LanguageTask {
             };
             images.into_iter().map(encode_one).collect::<Result<Vec<_>, TrainError>>()
         };
-        let encoded = batch.workers.map(new, |(number, input)| {
+        let image_token = self.module.ar.config().token_ids.image_token_id;
+        let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places })| {
+            let attended = attended_tokens(&input, &places, image_token);
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
+            let shown = Shown::scenes_of(scenes, input_images.len() + answer_images.len());
             let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
-            Ok::<_, TrainError>((number, TrainingSample { token_ids, labels, inputs, targets }))
+            let sample = TrainingSample { token_ids, labels, inputs, targets };
+            Ok::<_, TrainError>((number, KnownSample { sample, shown, attended }))
         });
         for encoded in encoded {
             let (number, sample) = encoded?;
@@ -182,34 +219,55 @@ impl LanguageTask {
         &self,
         encoder: &VisionEncoder,
         stage: &StageRecipe,
-        inputs: Vec<(TrainingInput, Vec<Scene>)>,
-    ) -> Result<(Vec<TrainingSample>, Option<Seen>), TrainError> {
-        let (mut texts, mut patches, mut shown) = (Vec::new(), Vec::new(), Vec::new());
-        for (input, scenes) in inputs {
+        inputs: Vec<KnownInput>,
+    ) -> Result<(Vec<KnownSample>, Option<Seen>), TrainError> {
+        let (mut texts, mut patches, mut shown) = (Vec::new(), Vec::new(), Shown::default());
+        for KnownInput { input, scenes, .. } in inputs {
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
-            let images = input_images.len() + answer_images.len();
-            shown.extend(if scenes.len() == images {
-                scenes.into_iter().map(Some).collect()
-            } else {
-                vec![None; images]
-            });
-            texts.push((token_ids, labels, input_images.len(), answer_images.len()));
-            patches.extend(input_images.into_iter().chain(answer_images));
+            let (num_inputs, num_answers) = (input_images.len(), answer_images.len());
+            let scenes = Shown::scenes_of(scenes, num_inputs + num_answers);
+            for (image, scene) in input_images.into_iter().chain(answer_images).zip(&scenes) {
+                shown.push(image.grid, scene.clone());
+                patches.push(image);
+            }
+            texts.push((token_ids, labels, num_inputs, num_answers, scenes));
         }
-        let grids: Vec<GridThw> = patches.iter().map(|patches| patches.grid).collect();
-        let seen = (!grids.is_empty()).then(|| {
+        let seen = (!patches.is_empty()).then(|| {
             let pixels = patches.into_iter().map(|patches| patches.into_tensor(&self.device)).collect();
             let pixels: Tensor<2> = Tensor::cat(pixels, 0);
-            let embeds = encoder.forward(pixels.clone().cast(compute_dtype(stage)), &grids);
-            Seen { embeds, pixels, grids, shown }
+            let embeds = encoder.forward(pixels.clone().cast(compute_dtype(stage)), &shown.grids);
+            Seen { embeds, pixels, shown }
         });
         let images = seen.iter().flat_map(Seen::images).collect::<Result<Vec<_>, TrainError>>()?;
         let mut images = images.into_iter();
-        let samples = texts.into_iter().map(|(token_ids, labels, num_inputs, num_answers)| {
+        let samples = texts.into_iter().map(|(token_ids, labels, num_inputs, num_answers, shown)| {
             let inputs = images.by_ref().take(num_inputs).collect();
-            TrainingSample { token_ids, labels, inputs, targets: images.by_ref().take(num_answers).collect() }
+            let targets = images.by_ref().take(num_answers).collect();
+            let sample = TrainingSample { token_ids, labels, inputs, targets };
+            KnownSample { sample, shown, attended: vec![] }
         });
         Ok((samples.collect(), seen))
+    }
+}
+
+/// Losses of what the encoder that is trained must tell.
+fn add_encoder_losses(
+    losses: &mut Losses,
+    module: &LanguageModule,
+    seen: Seen,
+    noise: Tensor<3>,
+    weights: &LossRecipe,
+) {
+    let Seen { embeds, pixels, shown } = seen;
+    let noisy = (embeds.clone() + noise.clone()).squeeze_dim(0);
+    if let Some(head) = &module.appearance_head {
+        let input = AppearanceInput { embeds, patches: pixels, grids: &shown.grids, noise };
+        let AppearanceLoss { total, pixels, position, .. } = AppearanceObjective::default().loss(head, input);
+        losses.total = losses.total.clone() + total * weights.appearance_weight;
+        losses.parts.extend([("pixels", pixels), ("position", position)]);
+    }
+    if let Some(head) = &module.label_head {
+        losses.add("labels", weights.label_weight, shown.label_loss(head, noisy));
     }
 }
 
@@ -223,9 +281,9 @@ pub(crate) struct LanguageBatch {
 
 enum Samples {
     /// With images as the frozen encoder sees them.
-    Encoded(Vec<TrainingSample>),
+    Encoded(Vec<KnownSample>),
     /// For the encoder that is trained, with what the images show where that is known.
-    Raw(Vec<(TrainingInput, Vec<Scene>)>),
+    Raw(Vec<KnownInput>),
 }
 
 /// Images of a micro-batch as the encoder that is trained sees them.
@@ -234,16 +292,14 @@ struct Seen {
     embeds: Tensor<3>,
     /// `[patches, 1176]` of all images.
     pixels: Tensor<2>,
-    grids: Vec<GridThw>,
-    /// The truth of every image, where it is known.
-    shown: Vec<Option<Scene>>,
+    shown: Shown,
 }
 
 impl Seen {
     /// Embeddings of each image.
     fn images(&self) -> impl Iterator<Item = Result<ImageEmbeds, TrainError>> {
         let mut start = 0;
-        self.grids.iter().map(move |&grid| {
+        self.shown.grids.iter().map(move |&grid| {
             let tokens = grid.num_merged_tokens();
             start += tokens;
             Ok(ImageEmbeds::new(self.embeds.clone().narrow(1, start - tokens, tokens), grid)?)
@@ -291,12 +347,19 @@ impl Task for LanguageTask {
             (Samples::Raw(_), None) => unreachable!("inputs stay raw only for an encoder that is trained"),
         };
         // Neighbours of about the same length need less padding.
-        samples.sort_by_key(|sample| sample.token_ids.len());
+        samples.sort_by_key(|known| known.sample.token_ids.len());
+        let (inputs, answers) = inputs_and_answers(&samples);
+        let attended = attended(&mut samples);
+        let samples = samples.into_iter().map(|known| known.sample).collect();
         let batch = TrainingBatch::new(samples, module.ar.config())?;
-        let LossRecipe { token_weight, image_weight, prefill, appearance_weight, label_weight, embeds_noise, .. } =
-            stage.loss;
-        let loss =
-            ArObjective { token_weight, image_weight, prefill }.loss(&module.ar, &batch, compute_dtype(stage))?;
+        let LossRecipe { token_weight, image_weight, prefill, state_layers: layers, .. } = stage.loss;
+        let objective = ArObjective { token_weight, image_weight, prefill };
+        let ArOutput { loss, answers: embeds, states } = objective.output(
+            &module.ar,
+            &batch,
+            compute_dtype(stage),
+            layers.min(module.ar.config().num_hidden_layers),
+        )?;
         let mut losses = Losses {
             total: loss.total,
             parts: vec![
@@ -306,24 +369,31 @@ impl Task for LanguageTask {
                 ("cosine", loss.cosine),
             ],
         };
-        if let (Some(head), Some(Seen { embeds, pixels, grids, shown })) = (&module.appearance_head, seen) {
-            let noise = Draws::new(seed, "embeds noise", first).normal(embeds.dims(), &self.device) * embeds_noise;
-            let noisy = module.label_head.as_ref().map(|head| (head, embeds.clone() + noise.clone()));
-            let appearance = AppearanceObjective::default()
-                .loss(head, AppearanceInput { embeds, patches: pixels, grids: &grids, noise });
-            losses.total = losses.total + appearance.total * appearance_weight;
-            losses.parts.extend([("pixels", appearance.pixels), ("position", appearance.position)]);
-            if let Some(labels) = noisy.and_then(|(head, noisy)| label_loss(head, noisy, &grids, &shown)) {
-                losses.total = losses.total + labels.clone() * label_weight;
-                losses.parts.push(("labels", labels));
+        if let (Some(head), Some(states)) = (&module.input_label_head, batch.input_states(&states)) {
+            losses.add("input_labels", stage.loss.input_label_weight, inputs.label_and_place_loss(head, states));
+        }
+        if stage.loss.attention_weight > 0.0 {
+            let attention = module.ar.attention_loss(&states, &batch, layers, &attended);
+            losses.add("attention", stage.loss.attention_weight, attention);
+        }
+        match (seen, embeds) {
+            (Some(seen), _) => {
+                let noise = Draws::new(seed, "embeds noise", first).normal(seen.embeds.dims(), &self.device);
+                add_encoder_losses(&mut losses, module, seen, noise * stage.loss.embeds_noise, &stage.loss);
             }
+            (None, Some(embeds)) => {
+                let labels = module.label_head.as_ref().and_then(|head| answers.answer_label_loss(head, embeds));
+                losses.add("labels", stage.loss.label_weight, labels);
+            }
+            (None, None) => {}
         }
         Ok(losses)
     }
 
     fn export(&self, module: LanguageModule, dir: &Path) -> Result<(), TrainError> {
         let visual = module.visual.or_else(|| self.encoder.clone());
-        let module = LanguageModule { ar: module.ar, visual, appearance_head: None, label_head: None };
+        let module =
+            LanguageModule { ar: module.ar, visual, appearance_head: None, label_head: None, input_label_head: None };
         Ok(save_module_as(&module, &NAMES, &dir.join("model.safetensors"), FloatDType::BF16)?)
     }
 
@@ -332,25 +402,29 @@ impl Task for LanguageTask {
     }
 }
 
-/// Cross entropy of what the tokens of known scenes show; `None` if there is nothing to learn it from.
-///
-/// # Shapes
-/// - `embeds`: `[1, tokens, hidden]` of all images
-fn label_loss(head: &LabelHead, embeds: Tensor<3>, grids: &[GridThw], shown: &[Option<Scene>]) -> Option<Tensor<1>> {
-    let (mut rows, mut labels, mut start) = (Vec::new(), Vec::new(), 0);
-    for (grid, scene) in grids.iter().zip(shown) {
-        let end = start + grid.num_merged_tokens() as i64;
-        if let Some(scene) = scene {
-            rows.extend(start..end);
-            labels.extend(scene.token_labels(grid.merged_h(), grid.merged_w()).into_iter().flatten());
+/// Where the tokens of samples should look, in the order of the samples.
+fn attended(samples: &mut [KnownSample]) -> Vec<Attended> {
+    let of_sample = |(sample, known): (usize, &mut KnownSample)| {
+        let attended = std::mem::take(&mut known.attended).into_iter();
+        attended.map(move |(query, tokens)| Attended { sample, query, tokens })
+    };
+    samples.iter_mut().enumerate().flat_map(of_sample).collect()
+}
+
+/// Images of samples that are given and those that are answers, in order.
+fn inputs_and_answers(samples: &[KnownSample]) -> (Shown, Shown) {
+    let (mut inputs, mut answers) = (Shown::default(), Shown::default());
+    for KnownSample { sample, shown, .. } in samples {
+        let (shown_inputs, shown_answers) = shown.split_at(sample.inputs.len());
+        for (images, scenes, into) in
+            [(&sample.inputs, shown_inputs, &mut inputs), (&sample.targets, shown_answers, &mut answers)]
+        {
+            for (image, scene) in images.iter().zip(scenes) {
+                into.push(image.grid, scene.clone());
+            }
         }
-        start = end;
     }
-    if rows.is_empty() {
-        return None;
-    }
-    let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &embeds.device());
-    Some(head.loss(embeds.squeeze_dim::<2>(0).select(0, rows), &labels))
+    (inputs, answers)
 }
 
 /// The device on which gradients are tracked.

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use nexus_data::{
     Message, MessagesFile, Mixture, RejectedSamples,
-    world::{Kind, Sample, Scene, Split, Task, World},
+    world::{Kind, Place, Sample, Scene, Split, Task, World},
 };
 
 use super::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
@@ -23,6 +23,8 @@ pub(crate) struct Conversation {
     pub(crate) messages: Vec<Message>,
     /// The truth of every image in order, or nothing.
     pub(crate) scenes: Vec<Scene>,
+    /// For every turn of the model the places that the answer is about, or nothing.
+    pub(crate) places: Vec<Vec<Place>>,
 }
 
 enum OpenSource {
@@ -62,11 +64,11 @@ impl Feed {
         let pick = self.mixture.pick(self.first(number));
         let failed = match &self.sources[pick.source] {
             OpenSource::World { world, task, kinds } => {
-                let Sample { messages, scenes, .. } = world.sample_of(*task, kinds, Split::Train, pick.index);
-                return Ok(Some(Conversation { messages, scenes }));
+                let Sample { messages, scenes, places, .. } = world.sample_of(*task, kinds, Split::Train, pick.index);
+                return Ok(Some(Conversation { messages, scenes, places }));
             }
             OpenSource::Messages(file) => match file.get(pick.index) {
-                Ok(messages) => return Ok(Some(Conversation { messages, scenes: vec![] })),
+                Ok(messages) => return Ok(Some(Conversation { messages, scenes: vec![], places: vec![] })),
                 Err(error) => error,
             },
         };

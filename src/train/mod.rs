@@ -19,6 +19,7 @@ mod curves;
 mod decoders;
 mod error;
 mod feed;
+mod labels;
 mod pretraining;
 mod recipe;
 mod run;

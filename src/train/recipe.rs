@@ -207,8 +207,16 @@ pub struct LossRecipe {
     pub prefill: bool,
     /// Vision encoder: reconstruction of pixels and positions from embeddings.
     pub appearance_weight: f64,
-    /// Vision encoder: classes of what every token shows, where the source knows them.
+    /// Vision encoder and autoregressive: classes of what every token shows, where the source knows them; from embeddings
+    /// of the encoder, or from predicted ones.
     pub label_weight: f64,
+    /// Autoregressive: classes of what every token of an input image shows, and its place, from hidden states.
+    pub input_label_weight: f64,
+    /// Autoregressive: attention of the first token of an answer to what is asked about, where the source knows it, in the
+    /// layer that takes those hidden states.
+    pub attention_weight: f64,
+    /// Autoregressive: number of layers after which those hidden states are read.
+    pub state_layers: usize,
     /// Vision encoder: noise on the embeddings before reconstruction and labels, relative to their size.
     pub embeds_noise: f64,
     /// Autoencoder: differences of neighbouring pixels.
@@ -225,6 +233,9 @@ impl Default for LossRecipe {
             prefill: true,
             appearance_weight: 1.0,
             label_weight: 0.0,
+            input_label_weight: 0.0,
+            attention_weight: 0.0,
+            state_layers: 2,
             embeds_noise: 0.2,
             gradient_weight: 1.0,
             kl_weight: 1e-6,
@@ -326,7 +337,7 @@ impl StageRecipe {
         }
         for data in &self.data {
             if let Source::World { task, kinds, .. } = &data.source
-                && let Some(kind) = kinds.iter().find(|kind| !task.kinds().contains(kind))
+                && let Some(kind) = kinds.iter().find(|&&kind| !task.accepts(kind))
             {
                 return wrong("kinds", format!("{kind:?} is none of {task:?}: {:?}", task.kinds()));
             }
@@ -368,12 +379,18 @@ impl StageRecipe {
             return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
-        if self.loss.label_weight > 0.0 {
-            if part != TrainedPart::VisionEncoder {
-                return wrong("label_weight", format!("has no meaning for {part:?}"));
+        let LossRecipe { label_weight, input_label_weight, attention_weight, .. } = self.loss;
+        let language_model = [TrainedPart::VisionEncoder, TrainedPart::Autoregressive];
+        for (field, weight, parts) in [
+            ("label_weight", label_weight, &language_model[..]),
+            ("input_label_weight", input_label_weight, &language_model[1..]),
+            ("attention_weight", attention_weight, &language_model[1..]),
+        ] {
+            if weight > 0.0 && !parts.contains(&part) {
+                return wrong(field, format!("has no meaning for {part:?}"));
             }
-            if !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
-                return wrong("label_weight", "no source of the stage knows what its pictures show".to_string());
+            if weight > 0.0 && !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
+                return wrong(field, "no source of the stage knows what its pictures show".to_string());
             }
         }
         if !is_decoder && predicted_embeds > 0.0 {

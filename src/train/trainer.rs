@@ -65,6 +65,16 @@ pub(crate) struct Losses {
     pub(crate) parts: Vec<(&'static str, Tensor<1>)>,
 }
 
+impl Losses {
+    /// Adds a part with its weight, if there is something that it could be computed from.
+    pub(crate) fn add(&mut self, name: &'static str, weight: f64, part: Option<Tensor<1>>) {
+        if let Some(part) = part {
+            self.total = self.total.clone() + part.clone() * weight;
+            self.parts.push((name, part));
+        }
+    }
+}
+
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StepMetrics {

@@ -2,7 +2,7 @@
 
 use burn::{
     module::Module,
-    tensor::{Device, Tensor},
+    tensor::{Bool, DType, Device, Tensor, TensorData, activation::log_softmax},
 };
 
 use super::{Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
@@ -94,6 +94,35 @@ impl DecoderLayer {
         let normed = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(normed)
     }
+
+    /// Logarithms of the weights with which some tokens of one sequence attend, causally, in one query head: for losses
+    /// that say where a head should look.
+    ///
+    /// # Shapes
+    /// - `x`: `[1, tokens, hidden]`, what goes into the layer
+    /// - `rotary`: the table for these tokens
+    /// - returns: f32 `[queries.len(), tokens]`
+    ///
+    /// # Panics
+    /// If there is no such head or token.
+    pub fn log_attention(&self, x: Tensor<3>, rotary: &RotaryTable, head: usize, queries: &[usize]) -> Tensor<2> {
+        let SelfAttention { q_proj, k_proj, head_dim, .. } = &self.self_attn;
+        let [_, tokens, hidden] = x.dims();
+        let normed = self.input_layernorm.forward(x);
+        let q = rotate_half(self.self_attn.heads(q_proj.forward(normed.clone())), rotary);
+        let keys = rotate_half(self.self_attn.heads(k_proj.forward(normed)), rotary);
+        let [_, _, key_heads, _] = keys.dims();
+        let key_head = head * key_heads / (hidden / head_dim);
+        let one = |x: Tensor<4>, head: usize| x.narrow(2, head, 1).reshape([tokens, *head_dim]).cast(DType::F32);
+        let device = q.device();
+        let rows: Vec<i64> = queries.iter().map(|&query| query as i64).collect();
+        let q = one(q, head).select(0, Tensor::from_data(rows.as_slice(), &device));
+        let scores = q.matmul(one(keys, key_head).transpose()) / (*head_dim as f64).sqrt();
+        let hidden_from = |query: &usize| (0..tokens).map(|token| token > *query).collect::<Vec<_>>();
+        let mask: Vec<bool> = queries.iter().flat_map(hidden_from).collect();
+        let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, [queries.len(), tokens]), &device);
+        log_softmax(scores.mask_fill(mask, -1e9), 1)
+    }
 }
 
 impl SelfAttention {
@@ -152,5 +181,31 @@ mod tests {
         }
         assert_close_tensors(&Tensor::cat(parts, 1), &whole, 1e-5);
         assert_eq!(cache.len(), 7);
+    }
+
+    #[test]
+    fn values_weighted_by_the_attention_are_what_the_layer_attends_to() {
+        let config = DecoderLayerConfig {
+            hidden_size: 32,
+            intermediate_size: 40,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            rms_norm_eps: 1e-6,
+        };
+        let layer = config.init(&cpu());
+        let table = MultimodalRotary::new(8, 1e6, [2, 1, 1]).table(&[0.0, 1.0, 2.0, 3.0, 4.0].map(|p| [p; 3]), &cpu());
+        let x = ramp([1, 5, 32], 4) * 3.0;
+        let normed = layer.input_layernorm.forward(x.clone());
+        let expected = layer.self_attn.forward(normed.clone(), &table, Visibility::Causal, None);
+        let values = layer.self_attn.heads(layer.self_attn.v_proj.forward(normed));
+        let queries = [4, 0, 2];
+        let heads = (0..4).map(|head| {
+            let weights = layer.log_attention(x.clone(), &table, head, &queries).exp();
+            weights.matmul(values.clone().narrow(2, head / 2, 1).reshape([5, 8]))
+        });
+        let found = layer.self_attn.o_proj.forward(Tensor::cat(heads.collect(), 1).unsqueeze::<3>());
+        for (row, query) in queries.into_iter().enumerate() {
+            assert_close_tensors(&found.clone().narrow(1, row, 1), &expected.clone().narrow(1, query, 1), 1e-5);
+        }
     }
 }

@@ -9,16 +9,18 @@ pub const LABEL_CLASSES: [usize; 9] = [5, 9, 3, 3, 5, 9, 3, 4, 2];
 /// it; background and style. Class 0 of an object's labels means that there is none.
 pub type TokenLabels = [u8; LABEL_CLASSES.len()];
 
+/// The place that the middle of every token lies in, for a grid of tokens over a picture, in raster order.
+pub fn token_places(rows: usize, cols: usize) -> Vec<Place> {
+    let third = |index: usize, count: usize| ((2 * index + 1) * 3 / (2 * count)) as u8;
+    (0..rows * cols).map(|index| Place(3 * third(index / cols, rows) + third(index % cols, cols))).collect()
+}
+
 impl Scene {
     /// Labels of a grid of tokens over the picture, in raster order.
     ///
-    /// A token has the labels of the place that its middle lies in, whether it shows the object itself or what is
-    /// beside it.
+    /// A token has the labels of its place ([`token_places`]), whether it shows the object itself or what is beside it.
     pub fn token_labels(&self, rows: usize, cols: usize) -> Vec<TokenLabels> {
-        let third = |index: usize, count: usize| ((2 * index + 1) * 3 / (2 * count)) as u8;
-        let place = |row: usize, col: usize| Place(3 * third(row, rows) + third(col, cols));
-        let token = |index: usize| self.labels_of(place(index / cols, index % cols));
-        (0..rows * cols).map(token).collect()
+        token_places(rows, cols).into_iter().map(|place| self.labels_of(place)).collect()
     }
 
     fn labels_of(&self, place: Place) -> TokenLabels {
@@ -52,6 +54,10 @@ mod tests {
         let scene = Scene { background: Background::Mint, style: Style::Outlined, objects: vec![below, above] };
         let labels = scene.token_labels(9, 9);
         assert_eq!(labels.len(), 81);
+        let places = token_places(9, 9);
+        assert!(
+            [(0, 0), (2, 0), (3, 1), (9 * 3, 3), (9 * 4 + 7, 5), (80, 8)].iter().all(|&(i, p)| places[i] == Place(p))
+        );
         for (index, labels) in labels.iter().enumerate() {
             let inside = (3..6).contains(&(index / 9)) && (6..9).contains(&(index % 9));
             let expected = if inside { [2, 7, 2, 2, 1, 1, 2, 3, 1] } else { [0, 0, 0, 0, 0, 0, 0, 3, 1] };

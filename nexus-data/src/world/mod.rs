@@ -36,7 +36,7 @@ use crate::{Image, Language, Message, edit_prompt, generation_prompt};
 
 pub use self::compose::canonical_places;
 pub use self::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
-pub use self::labels::{LABEL_CLASSES, TokenLabels};
+pub use self::labels::{LABEL_CLASSES, TokenLabels, token_places};
 pub use self::reader::{Reading, read_scene};
 pub use self::render::{PLACE_PX, PixelNoise, SIDE_PX};
 pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
@@ -126,6 +126,12 @@ impl Task {
             Self::Reconstruction => &[Kind::Crowded],
         }
     }
+
+    /// Whether samples of this task can be asked to be of this kind: one of [`Task::kinds`], or for several turns a kind
+    /// of short question, for conversations in which every question is of that kind.
+    pub fn accepts(self, kind: Kind) -> bool {
+        self.kinds().contains(&kind) || (self == Self::MultiTurn && SHORT_ANSWERS.contains(&kind))
+    }
 }
 
 /// Whether compositions may be those of training.
@@ -155,6 +161,9 @@ pub struct Sample {
     pub messages: Vec<Message>,
     /// The truth of every image, in the order of the messages.
     pub scenes: Vec<Scene>,
+    /// For every turn of the model, in order, the places of the picture before it that the answer is about; none if that
+    /// is not a matter of single things.
+    pub places: Vec<Vec<Place>>,
 }
 
 /// All samples of one seed.
@@ -184,7 +193,7 @@ impl World {
         self.sample_of(task, task.kinds(), split, index)
     }
 
-    /// One of its samples, of one of these kinds of the task; of any kind if there are none.
+    /// One of its samples, of one of these kinds of the task ([`Task::accepts`]); of any kind if there are none.
     ///
     /// A scene that has nothing to ask or to change in the wanted way gives a sample of another kind.
     pub fn sample_of(&self, task: Task, kinds: &[Kind], split: Split, index: u64) -> Sample {
@@ -199,10 +208,11 @@ impl World {
         let prompt = match (task, kind) {
             (Task::Understanding, _) => conversation.question(&mut kind, language, pairs, &mut draws),
             (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
-            (Task::MultiTurn, Kind::Questions) => {
-                let prompt = conversation.question(&mut draws.one(SHORT_ANSWERS), language, pairs, &mut draws);
+            (Task::MultiTurn, asked) if asked == Kind::Questions || SHORT_ANSWERS.contains(&asked) => {
+                let kinds = if asked == Kind::Questions { SHORT_ANSWERS } else { std::slice::from_ref(&asked) };
+                let prompt = conversation.question(&mut draws.one(kinds), language, pairs, &mut draws);
                 for _ in 1..QUESTIONS {
-                    conversation.question_about_last(draws.one(SHORT_ANSWERS), language, &mut draws);
+                    conversation.question_about_last(draws.one(kinds), language, &mut draws);
                 }
                 prompt
             }
@@ -225,8 +235,8 @@ impl World {
             }
         };
         let id = format!("{task:?}-{split:?}-{}-{index}", self.seed);
-        let Conversation { messages, scenes } = conversation;
-        Sample { id, task, kind, language, prompt, messages, scenes }
+        let Conversation { messages, scenes, places } = conversation;
+        Sample { id, task, kind, language, prompt, messages, scenes, places }
     }
 }
 
@@ -235,12 +245,13 @@ impl World {
 struct Conversation {
     messages: Vec<Message>,
     scenes: Vec<Scene>,
+    places: Vec<Vec<Place>>,
 }
 
 impl Conversation {
     fn question(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
         let scene = questions::scene(pairs, draws);
-        let Asked { kind: asked, question, answer } = questions::ask(*kind, &scene, language, draws);
+        let Asked { kind: asked, question, answer, places } = questions::ask(*kind, &scene, language, draws);
         *kind = asked;
         // Pictures of other sources are never quite clean.
         let noise = draws.percent(30).then(|| PixelNoise { amplitude: 6, seed: draws.below(1 << 30) as u64 });
@@ -248,12 +259,14 @@ impl Conversation {
         self.messages.push(Message::user().with_image(image).with_text(question.clone()));
         self.messages.push(Message::assistant().with_text(answer));
         self.scenes.push(scene);
+        self.places.push(places);
         question
     }
 
     fn question_about_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
         let Some(scene) = self.scenes.last() else { return };
-        let Asked { question, answer, .. } = questions::ask(kind, scene, language, draws);
+        let Asked { question, answer, places, .. } = questions::ask(kind, scene, language, draws);
+        self.places.push(places);
         self.messages.push(Message::text(question));
         self.messages.push(Message::assistant().with_text(answer));
     }
@@ -263,7 +276,7 @@ impl Conversation {
         // A prompt of the world is never empty, which is all that can be wrong with one.
         let asked = generation_prompt(&prompt, language).unwrap_or_else(|_| prompt.clone());
         self.messages.push(Message::text(asked));
-        self.answer(scene, language);
+        self.answer(scene, vec![], language);
         prompt
     }
 
@@ -272,7 +285,7 @@ impl Conversation {
         let asked = either(language, "Draw this picture again.", "请重画这张图。").to_string();
         self.messages.push(Message::user().with_image(scene.render()).with_text(asked.clone()));
         self.scenes.push(scene.clone());
-        self.answer(scene, language);
+        self.answer(scene, vec![], language);
         asked
     }
 
@@ -282,22 +295,36 @@ impl Conversation {
         *kind = changed;
         let asked = edit_prompt(&instruction).unwrap_or_else(|_| instruction.clone());
         self.messages.push(Message::user().with_text(asked).with_image(before.render()));
+        let places = changed_places(&before, &after);
         self.scenes.push(before);
-        self.answer(after, language);
+        self.answer(after, places, language);
         instruction
     }
 
     fn edit_last(&mut self, kind: Kind, language: Language, draws: &mut Draws) {
         let Some(before) = self.scenes.last() else { return };
         let Change { instruction, after, .. } = edits::change(kind, before, language, draws);
+        let places = changed_places(before, &after);
         self.messages.push(Message::text(instruction));
-        self.answer(after, language);
+        self.answer(after, places, language);
     }
 
-    fn answer(&mut self, scene: Scene, language: Language) {
+    fn answer(&mut self, scene: Scene, places: Vec<Place>, language: Language) {
         let text = either(language, "Here is the image: ", "这是图像：");
         let image: Image = scene.render();
         self.messages.push(Message::assistant().with_text(text).with_image(image));
+        self.places.push(places);
         self.scenes.push(scene);
+    }
+}
+
+/// Places of the objects that an edit changes or takes away, or else of those that it adds.
+fn changed_places(before: &Scene, after: &Scene) -> Vec<Place> {
+    let missing = |from: &Scene, other: &Scene| -> Vec<Place> {
+        from.objects.iter().filter(|object| !other.objects.contains(object)).map(|object| object.place).collect()
+    };
+    match missing(before, after) {
+        none if none.is_empty() => missing(after, before),
+        changed => changed,
     }
 }

@@ -134,6 +134,8 @@ pub(super) struct Asked {
     pub(super) kind: Kind,
     pub(super) question: String,
     pub(super) answer: String,
+    /// Places of what the question asks about; none if that is not a matter of single things.
+    pub(super) places: Vec<Place>,
 }
 
 /// A question of a kind about a scene, and its answer.
@@ -141,37 +143,41 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
     let form = |forms: &[[&'static str; 5]; 2], draws: &mut Draws| -> &'static str { draws.one(&forms[at(language)]) };
     let truth = |is: bool| either(language, if is { "yes" } else { "no" }, if is { "是" } else { "否" }).to_string();
     let objects = &scene.objects;
-    let (question, answer) = match kind {
-        Kind::Describe => (form(&DESCRIBE, draws).to_string(), description(scene, language)),
+    let places_of = |asked: &dyn Fn(&Object) -> bool| -> Vec<Place> {
+        objects.iter().filter(|object| asked(object)).map(|object| object.place).collect()
+    };
+    let (question, answer, places) = match kind {
+        Kind::Describe => (form(&DESCRIBE, draws).to_string(), description(scene, language), vec![]),
         Kind::Count => {
             let any = draws.one(objects);
             let shape = if draws.percent(75) { any.shape } else { draws.one(&Shape::ALL) };
             let colour = if draws.percent(75) { any.colour } else { draws.one(&Colour::ALL) };
-            let (what, count) = match draws.below(3) {
-                0 => (either(language, "shapes", "图形").to_string(), objects.len()),
-                1 => (kind_of(shape, language).to_string(), objects.iter().filter(|o| o.shape == shape).count()),
+            let (what, places) = match draws.below(3) {
+                0 => (either(language, "shapes", "图形").to_string(), places_of(&|_| true)),
+                1 => (kind_of(shape, language).to_string(), places_of(&|object| object.shape == shape)),
                 _ => {
                     let what = either(
                         language,
                         format!("{} shapes", colour.name(language)),
                         format!("{}图形", colour.name(language)),
                     );
-                    (what, objects.iter().filter(|o| o.colour == colour).count())
+                    (what, places_of(&|object| object.colour == colour))
                 }
             };
-            (form(&COUNT, draws).replace("{}", &what), count.to_string())
+            (form(&COUNT, draws).replace("{}", &what), places.len().to_string(), places)
         }
         Kind::Colour => match unique(objects, |object| object.shape).first() {
             Some(object) => {
                 let what = the(object.shape.name(language), language);
-                (capital(&form(&COLOUR, draws).replace("{}", &what)), object.colour.name(language).to_string())
+                let colour = object.colour.name(language).to_string();
+                (capital(&form(&COLOUR, draws).replace("{}", &what)), colour, vec![object.place])
             }
             None => return ask(Kind::Presence, scene, language, draws),
         },
         Kind::Where => match whereabouts(objects, language, draws) {
             None => return ask(Kind::Count, scene, language, draws),
             Some((what, place)) => {
-                (capital(&form(&WHERE, draws).replace("{}", &what)), place.name(language).to_string())
+                (capital(&form(&WHERE, draws).replace("{}", &what)), place.name(language).to_string(), vec![place])
             }
         },
         Kind::Shape => match unique(objects, |object| object.colour).as_slice() {
@@ -179,21 +185,24 @@ pub(super) fn ask(kind: Kind, scene: &Scene, language: Language, draws: &mut Dra
             found => {
                 let object = draws.one(found);
                 let text = form(&SHAPE, draws).replace("{}", object.colour.name(language));
-                (capital(&text), object.shape.name(language).to_string())
+                (capital(&text), object.shape.name(language).to_string(), vec![object.place])
             }
         },
         Kind::Content => {
             let place = if draws.percent(70) { draws.one(objects).place } else { draws.one(&Place::ALL) };
             let text = form(&CONTENT, draws).replace("{}", place.name(language));
-            (capital(&text), content(scene, place, language))
+            (capital(&text), content(scene, place, language), vec![place])
         }
-        Kind::Compare => compare(scene, language, draws),
+        Kind::Compare => {
+            let (question, answer) = compare(scene, language, draws);
+            (question, answer, vec![])
+        }
         _ => {
             let (what, is) = presence(objects, language, draws);
-            (form(&PRESENCE, draws).replace("{}", &what), truth(is))
+            (form(&PRESENCE, draws).replace("{}", &what), truth(is), vec![])
         }
     };
-    Asked { kind, question, answer }
+    Asked { kind, question, answer, places }
 }
 
 /// A name that only one object has, by colour, by shape or by both, and where that object is.

@@ -1,0 +1,119 @@
+//! A loss that says where the model should look: hidden states -> how little attention goes to the right tokens.
+
+use burn::tensor::{DType, Tensor, TensorData};
+use nexus_core::nn::RotaryTable;
+
+use crate::{ArModel, TrainingBatch};
+
+/// A token of a sample and those before it that it should attend to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attended {
+    /// Number of the sample within the batch.
+    pub sample: usize,
+    /// The token that looks, within the sample.
+    pub query: usize,
+    /// Where it should look, within the sample.
+    pub tokens: Vec<usize>,
+}
+
+impl ArModel {
+    /// Cross entropy of looking at the right tokens: the mean of `-log` of the attention that goes to them, over what
+    /// `attended` lists and over the first query head of every key head of a layer; `None` if it lists nothing.
+    ///
+    /// # Shapes
+    /// - `states`: `[rows, hidden]` of the batch, what goes into the layer
+    /// - returns: f32 `[1]`
+    ///
+    /// # Panics
+    /// If there is no such layer, sample or token, or if the states are not those of the batch.
+    pub fn attention_loss(
+        &self,
+        states: &Tensor<2>,
+        batch: &TrainingBatch,
+        layer: usize,
+        attended: &[Attended],
+    ) -> Option<Tensor<1>> {
+        let config = self.config();
+        let heads_per_key = config.num_attention_heads / config.num_key_value_heads;
+        let layer = &self.model.layers[layer];
+        let mut losses = Vec::new();
+        for (sample, (start, tokens)) in batch.sample_rows().enumerate() {
+            let here: Vec<&Attended> = attended.iter().filter(|attended| attended.sample == sample).collect();
+            if here.is_empty() {
+                continue;
+            }
+            let x: Tensor<3> = states.clone().narrow(0, start, tokens).unsqueeze();
+            let rotary: RotaryTable = self.rotary_table(&batch.positions[start..start + tokens], &x);
+            let queries: Vec<usize> = here.iter().map(|attended| attended.query).collect();
+            let mut right = vec![0f32; here.len() * tokens];
+            for (row, attended) in right.chunks_mut(tokens).zip(&here) {
+                attended.tokens.iter().for_each(|&token| row[token] = 1.0);
+            }
+            let right = TensorData::new(right, [here.len(), tokens]);
+            let right = Tensor::<2>::from_data(right, (&states.device(), DType::F32));
+            for head in (0..config.num_attention_heads).step_by(heads_per_key) {
+                let weights = layer.log_attention(x.clone(), &rotary, head, &queries).exp();
+                losses.push((weights * right.clone()).sum_dim(1).squeeze_dim::<1>(1));
+            }
+        }
+        (!losses.is_empty()).then(|| (Tensor::cat(losses, 0) + 1e-9).log().mean().neg())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::FloatDType;
+    use nexus_core::testing::{assert_close, cpu};
+
+    use super::*;
+    use crate::{
+        ArObjective,
+        training_batch::tests::{editing, tiny, words},
+    };
+
+    fn model() -> ArModel {
+        ArModel::new(&tiny(), &cpu().autodiff()).unwrap()
+    }
+
+    fn states(model: &ArModel, batch: &TrainingBatch) -> Tensor<2> {
+        ArObjective::default().output(model, batch, FloatDType::F32, 1).unwrap().states
+    }
+
+    fn loss(model: &ArModel, batch: &TrainingBatch, attended: &[Attended]) -> f32 {
+        let loss = model.attention_loss(&states(model, batch), batch, 1, attended).unwrap();
+        loss.into_data().try_into_vec_as::<f32>().unwrap()[0]
+    }
+
+    #[test]
+    fn attention_is_shared_out_among_what_comes_before() {
+        let model = model();
+        let both = TrainingBatch::new(vec![words(), editing()], &tiny()).unwrap();
+        let at = |sample, tokens: std::ops::Range<usize>| Attended { sample, query: 10, tokens: tokens.collect() };
+        assert!(loss(&model, &both, &[at(1, 0..11)]).abs() < 1e-5);
+        assert!((loss(&model, &both, &[at(1, 11..20)]) + 1e-9f32.ln()).abs() < 1e-3);
+        let parts = [0..4, 4..11].map(|tokens| loss(&model, &both, &[at(1, tokens)]));
+        assert!((parts.iter().map(|loss| (-loss).exp()).sum::<f32>() - 1.0).abs() < 1e-5, "{parts:?}");
+        assert!(parts.iter().all(|&loss| loss > 0.05), "{parts:?}");
+        // The mean over what is listed, and the same in a batch of its own.
+        let mean = (parts[0] + parts[1]) / 2.0;
+        assert!((loss(&model, &both, &[at(1, 0..4), at(1, 4..11)]) - mean).abs() < 1e-5);
+        let alone = TrainingBatch::new(vec![editing()], &tiny()).unwrap();
+        let states = states(&model, &alone);
+        let found = model.attention_loss(&states, &alone, 1, &[at(0, 0..4)]).unwrap();
+        assert_close(&found, &[parts[0]], 1e-5);
+        assert!(model.attention_loss(&states, &alone, 1, &[]).is_none());
+    }
+
+    #[test]
+    fn gradients_reach_queries_and_keys_of_the_layer() {
+        let (model, batch) = (model(), TrainingBatch::new(vec![editing()], &tiny()).unwrap());
+        let attended = [Attended { sample: 0, query: 10, tokens: vec![3, 4] }];
+        let gradients = model.attention_loss(&states(&model, &batch), &batch, 1, &attended).unwrap().backward();
+        let attention = &model.model.layers[1].self_attn;
+        for projection in [&attention.q_proj, &attention.k_proj] {
+            let gradient = projection.weight.val().grad(&gradients).unwrap();
+            assert!(gradient.abs().max().into_data().try_into_vec_as::<f32>().unwrap()[0] > 0.0);
+        }
+        assert!(attention.v_proj.weight.val().grad(&gradients).is_none());
+    }
+}
