@@ -35,6 +35,7 @@ impl ArModel {
     ) -> Option<Tensor<1>> {
         let config = self.config();
         let heads_per_key = config.num_attention_heads / config.num_key_value_heads;
+        let heads: Vec<usize> = (0..config.num_attention_heads).step_by(heads_per_key).collect();
         let layer = &self.model.layers[layer];
         let mut losses = Vec::new();
         for (sample, (start, tokens)) in batch.sample_rows().enumerate() {
@@ -51,10 +52,8 @@ impl ArModel {
             }
             let right = TensorData::new(right, [here.len(), tokens]);
             let right = Tensor::<2>::from_data(right, (&states.device(), DType::F32));
-            for head in (0..config.num_attention_heads).step_by(heads_per_key) {
-                let weights = layer.log_attention(x.clone(), &rotary, head, &queries).exp();
-                losses.push((weights * right.clone()).sum_dim(1).squeeze_dim::<1>(1));
-            }
+            let weights = layer.log_attention(x, &rotary, &heads, &queries).exp();
+            losses.push((weights * right.unsqueeze::<3>()).sum_dim(2).reshape([-1]));
         }
         (!losses.is_empty()).then(|| (Tensor::cat(losses, 0) + 1e-9).log().mean().neg())
     }
@@ -76,7 +75,7 @@ mod tests {
     }
 
     fn states(model: &ArModel, batch: &TrainingBatch) -> Tensor<2> {
-        ArObjective::default().output(model, batch, FloatDType::F32, 1).unwrap().states
+        ArObjective::default().output(model, batch, FloatDType::F32, Some(1)).unwrap().states.unwrap()
     }
 
     fn loss(model: &ArModel, batch: &TrainingBatch, attended: &[Attended]) -> f32 {

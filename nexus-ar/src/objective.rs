@@ -65,8 +65,8 @@ pub struct ArOutput {
     pub loss: ArLoss,
     /// Embeddings of the answers; `None` if there is none.
     pub answers: Option<AnswerEmbeds>,
-    /// Hidden states after the first layers that were asked for: `[rows, hidden]` in the compute dtype.
-    pub states: Tensor<2>,
+    /// Hidden states after the first layers, if they were asked for: `[rows, hidden]` in the compute dtype.
+    pub states: Option<Tensor<2>>,
 }
 
 impl ArObjective {
@@ -80,11 +80,11 @@ impl ArObjective {
     /// Differs: the losses are computed in f32 from predictions in `dtype`; scores are computed for learned positions
     /// alone.
     pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
-        Ok(self.output(model, batch, dtype, 0)?.loss)
+        Ok(self.output(model, batch, dtype, None)?.loss)
     }
 
     /// The losses of a batch as [`ArObjective::loss`] computes them, the predicted embeddings, and the hidden states
-    /// after `layers` layers; gradients reach the model through all three.
+    /// after `state_layers` layers; gradients reach the model through all three.
     ///
     /// # Errors
     /// As [`ArObjective::loss`].
@@ -96,10 +96,10 @@ impl ArObjective {
         model: &ArModel,
         batch: &TrainingBatch,
         dtype: FloatDType,
-        layers: usize,
+        state_layers: Option<usize>,
     ) -> Result<ArOutput, ArError> {
         let embeds = model.embed_batch(batch, self.prefill, dtype)?;
-        let BatchStates { early, last: hidden } = model.batch_states(embeds, batch, layers);
+        let BatchStates { early, last: hidden } = model.batch_states(embeds, batch, state_layers);
         let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
@@ -188,14 +188,14 @@ impl ArModel {
     /// # Panics
     /// If the embeddings are not those of the batch.
     pub fn forward_batch(&self, embeds: Tensor<2>, batch: &TrainingBatch) -> Tensor<2> {
-        self.batch_states(embeds, batch, 0).last
+        self.batch_states(embeds, batch, None).last
     }
 
-    /// As [`ArModel::forward_batch`], with the hidden states after `layers` layers.
-    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, layers: usize) -> BatchStates {
+    /// As [`ArModel::forward_batch`], with the hidden states after `early` layers if they are asked for.
+    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, early: Option<usize>) -> BatchStates {
         let [rows, hidden] = embeds.dims();
         assert_eq!(rows, batch.num_rows(), "rows of the batch");
-        let (first, rest) = self.model.layers.split_at(layers);
+        let (first, rest) = self.model.layers.split_at(early.unwrap_or(0));
         let mut start = 0;
         let groups = batch.groups.iter().map(|&Group { samples, tokens }| {
             let rows = samples * tokens;
@@ -208,19 +208,20 @@ impl ArModel {
             let run = |layers: &[DecoderLayer], x: Tensor<3>| {
                 layers.iter().fold(x, |x, layer| layer.forward(x, &rotary, Visibility::Causal, None))
             };
-            let early = run(first, group);
-            let last = self.model.norm.forward(run(rest, early.clone()));
-            (early.reshape([rows, hidden]), last.reshape([rows, hidden]))
+            let states = run(first, group);
+            let last = self.model.norm.forward(run(rest, states.clone()));
+            (early.map(|_| states.reshape([rows, hidden])), last.reshape([rows, hidden]))
         });
-        let (early, last): (Vec<_>, Vec<_>) = groups.unzip();
-        BatchStates { early: Tensor::cat(early, 0), last: Tensor::cat(last, 0) }
+        let (states, last): (Vec<_>, Vec<_>) = groups.unzip();
+        let states: Option<Vec<_>> = states.into_iter().collect();
+        BatchStates { early: states.map(|states| Tensor::cat(states, 0)), last: Tensor::cat(last, 0) }
     }
 }
 
 /// Hidden states of a batch, `[rows, hidden]` each.
 struct BatchStates {
-    /// After the first layers.
-    early: Tensor<2>,
+    /// After the first layers, if they were asked for.
+    early: Option<Tensor<2>>,
     /// After the final norm.
     last: Tensor<2>,
 }
@@ -397,16 +398,16 @@ mod tests {
     fn early_states_lead_to_the_last_and_pick_the_input_images() {
         let (model, objective) = (model(), ArObjective::default());
         let batch = batch(vec![words(), editing(), editing()]);
-        let output = |layers| objective.output(&model, &batch, FloatDType::F32, layers).unwrap();
+        let output = |layers| objective.output(&model, &batch, FloatDType::F32, Some(layers)).unwrap();
         let loss = value(&objective.loss(&model, &batch, FloatDType::F32).unwrap().total);
         let image = editing().inputs[0].values.clone().squeeze_dim::<2>(0);
         let inputs = Tensor::cat(vec![image.clone(), image], 0);
-        assert_close_tensors(&batch.input_states(&output(0).states).unwrap().inner(), &inputs, 0.0);
+        assert_close_tensors(&batch.input_states(&output(0).states.unwrap()).unwrap().inner(), &inputs, 0.0);
         let layers = model.config().num_hidden_layers;
         let moved = [1, layers].map(|layers| {
             let output = output(layers);
             assert_eq!(value(&output.loss.total), loss);
-            let states = batch.input_states(&output.states).unwrap().inner();
+            let states = batch.input_states(&output.states.unwrap()).unwrap().inner();
             value(&(states - inputs.clone()).square().mean())
         });
         assert!(moved[0] > 0.0 && moved[1] > 0.0 && moved[0] != moved[1], "{moved:?}");
@@ -416,8 +417,9 @@ mod tests {
         let mse = (predicted.inner() - truth).square().mean();
         assert_close(&mse, &[value(&output(0).loss.mse)], 1e-6);
         let text = TrainingBatch::new(vec![words()], &tiny()).unwrap();
-        let output = objective.output(&model, &text, FloatDType::F32, 1).unwrap();
-        assert!(output.answers.is_none() && text.input_states(&output.states).is_none());
+        let output = objective.output(&model, &text, FloatDType::F32, Some(1)).unwrap();
+        assert!(output.answers.is_none() && text.input_states(&output.states.unwrap()).is_none());
+        assert!(objective.output(&model, &text, FloatDType::F32, None).unwrap().states.is_none());
     }
 
     /// What the model draws from its own predictions is what it predicts when they are given as the truth.

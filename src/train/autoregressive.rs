@@ -106,11 +106,9 @@ impl LanguageTask {
         let learns = |weight: fn(&LossRecipe) -> f64| {
             recipe.stages.iter().map(|stage| &stage.loss).any(|loss| weight(loss) > 0.0)
         };
-        for LossRecipe { state_layers, input_label_weight, attention_weight, .. } in
-            recipe.stages.iter().map(|stage| &stage.loss)
-        {
-            let layers = state_layers + usize::from(*attention_weight > 0.0);
-            if layers > config.num_hidden_layers && *input_label_weight + attention_weight > 0.0 {
+        for loss in recipe.stages.iter().map(|stage| &stage.loss).filter(|loss| loss.reads_states()) {
+            let layers = loss.state_layers + usize::from(loss.attention_weight > 0.0);
+            if layers > config.num_hidden_layers {
                 let reason = format!("{layers} layers are needed, the model has {}", config.num_hidden_layers);
                 return Err(ConfigError::incoherent("state_layers", reason).into());
             }
@@ -259,14 +257,14 @@ fn add_encoder_losses(
     weights: &LossRecipe,
 ) {
     let Seen { embeds, pixels, shown } = seen;
-    let noisy = (embeds.clone() + noise.clone()).squeeze_dim(0);
+    let noisy = module.label_head.as_ref().map(|head| (head, (embeds.clone() + noise.clone()).squeeze_dim(0)));
     if let Some(head) = &module.appearance_head {
         let input = AppearanceInput { embeds, patches: pixels, grids: &shown.grids, noise };
         let AppearanceLoss { total, pixels, position, .. } = AppearanceObjective::default().loss(head, input);
         losses.total = losses.total.clone() + total * weights.appearance_weight;
         losses.parts.extend([("pixels", pixels), ("position", position)]);
     }
-    if let Some(head) = &module.label_head {
+    if let Some((head, noisy)) = noisy {
         losses.add("labels", weights.label_weight, shown.label_loss(head, noisy));
     }
 }
@@ -352,14 +350,11 @@ impl Task for LanguageTask {
         let attended = attended(&mut samples);
         let samples = samples.into_iter().map(|known| known.sample).collect();
         let batch = TrainingBatch::new(samples, module.ar.config())?;
-        let LossRecipe { token_weight, image_weight, prefill, state_layers: layers, .. } = stage.loss;
+        let LossRecipe { token_weight, image_weight, prefill, state_layers, .. } = stage.loss;
         let objective = ArObjective { token_weight, image_weight, prefill };
-        let ArOutput { loss, answers: embeds, states } = objective.output(
-            &module.ar,
-            &batch,
-            compute_dtype(stage),
-            layers.min(module.ar.config().num_hidden_layers),
-        )?;
+        let layers = stage.loss.reads_states().then_some(state_layers);
+        let ArOutput { loss, answers: embeds, states } =
+            objective.output(&module.ar, &batch, compute_dtype(stage), layers)?;
         let mut losses = Losses {
             total: loss.total,
             parts: vec![
@@ -369,12 +364,14 @@ impl Task for LanguageTask {
                 ("cosine", loss.cosine),
             ],
         };
-        if let (Some(head), Some(states)) = (&module.input_label_head, batch.input_states(&states)) {
-            losses.add("input_labels", stage.loss.input_label_weight, inputs.label_and_place_loss(head, states));
-        }
-        if stage.loss.attention_weight > 0.0 {
-            let attention = module.ar.attention_loss(&states, &batch, layers, &attended);
-            losses.add("attention", stage.loss.attention_weight, attention);
+        if let Some(states) = states {
+            if let (Some(head), Some(states)) = (&module.input_label_head, batch.input_states(&states)) {
+                losses.add("input_labels", stage.loss.input_label_weight, inputs.label_and_place_loss(head, states));
+            }
+            if stage.loss.attention_weight > 0.0 {
+                let attention = module.ar.attention_loss(&states, &batch, state_layers, &attended);
+                losses.add("attention", stage.loss.attention_weight, attention);
+            }
         }
         match (seen, embeds) {
             (Some(seen), _) => {

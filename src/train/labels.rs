@@ -1,4 +1,4 @@
-//! What tokens of known pictures show, as a loss: hidden states or embeddings of images -> cross entropy of their labels.
+//! What is known of pictures, as losses: what their tokens show, and which tokens an answer is about.
 
 use burn::tensor::{Int, Tensor};
 use nexus_ar::AnswerEmbeds;

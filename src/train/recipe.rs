@@ -225,6 +225,13 @@ pub struct LossRecipe {
     pub kl_weight: f64,
 }
 
+impl LossRecipe {
+    /// Whether there is a loss of hidden states.
+    pub(crate) fn reads_states(&self) -> bool {
+        self.input_label_weight > 0.0 || self.attention_weight > 0.0
+    }
+}
+
 impl Default for LossRecipe {
     fn default() -> Self {
         Self {

@@ -2,7 +2,7 @@
 
 use burn::{
     module::Module,
-    tensor::{Bool, DType, Device, Tensor, TensorData, activation::log_softmax},
+    tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation::log_softmax},
 };
 
 use super::{Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
@@ -95,33 +95,41 @@ impl DecoderLayer {
         x + self.mlp.forward(normed)
     }
 
-    /// Logarithms of the weights with which some tokens of one sequence attend, causally, in one query head: for losses
+    /// Logarithms of the weights with which some tokens of one sequence attend, causally, in some query heads: for losses
     /// that say where a head should look.
     ///
     /// # Shapes
     /// - `x`: `[1, tokens, hidden]`, what goes into the layer
     /// - `rotary`: the table for these tokens
-    /// - returns: f32 `[queries.len(), tokens]`
+    /// - returns: f32 `[heads.len(), queries.len(), tokens]`
     ///
     /// # Panics
     /// If there is no such head or token.
-    pub fn log_attention(&self, x: Tensor<3>, rotary: &RotaryTable, head: usize, queries: &[usize]) -> Tensor<2> {
+    pub fn log_attention(&self, x: Tensor<3>, rotary: &RotaryTable, heads: &[usize], queries: &[usize]) -> Tensor<3> {
         let SelfAttention { q_proj, k_proj, head_dim, .. } = &self.self_attn;
         let [_, tokens, hidden] = x.dims();
+        let device = x.device();
+        let indices = |values: &[usize]| {
+            let values: Vec<i64> = values.iter().map(|&value| value as i64).collect();
+            Tensor::<1, Int>::from_data(values.as_slice(), &device)
+        };
         let normed = self.input_layernorm.forward(x);
-        let q = rotate_half(self.self_attn.heads(q_proj.forward(normed.clone())), rotary);
-        let keys = rotate_half(self.self_attn.heads(k_proj.forward(normed)), rotary);
+        let keys = rotate_half(self.self_attn.heads(k_proj.forward(normed.clone())), rotary);
+        let rows = indices(queries);
+        let at_rows = |table: &Tensor<3>| table.clone().select(1, rows.clone());
+        let table = RotaryTable { cos: at_rows(&rotary.cos), sin: at_rows(&rotary.sin) };
+        let q = rotate_half(self.self_attn.heads(q_proj.forward(normed.select(1, rows.clone()))), &table);
         let [_, _, key_heads, _] = keys.dims();
-        let key_head = head * key_heads / (hidden / head_dim);
-        let one = |x: Tensor<4>, head: usize| x.narrow(2, head, 1).reshape([tokens, *head_dim]).cast(DType::F32);
-        let device = q.device();
-        let rows: Vec<i64> = queries.iter().map(|&query| query as i64).collect();
-        let q = one(q, head).select(0, Tensor::from_data(rows.as_slice(), &device));
-        let scores = q.matmul(one(keys, key_head).transpose()) / (*head_dim as f64).sqrt();
+        let key_of: Vec<usize> = heads.iter().map(|head| head * key_heads / (hidden / head_dim)).collect();
+        let chosen = |x: Tensor<4>, heads: &[usize]| {
+            x.squeeze_dim::<3>(0).select(1, indices(heads)).swap_dims(0, 1).cast(DType::F32)
+        };
+        let scores = chosen(q, heads).matmul(chosen(keys, &key_of).swap_dims(1, 2)) / (*head_dim as f64).sqrt();
         let hidden_from = |query: &usize| (0..tokens).map(|token| token > *query).collect::<Vec<_>>();
         let mask: Vec<bool> = queries.iter().flat_map(hidden_from).collect();
         let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, [queries.len(), tokens]), &device);
-        log_softmax(scores.mask_fill(mask, -1e9), 1)
+        let mask = mask.unsqueeze::<3>().expand([heads.len(), queries.len(), tokens]);
+        log_softmax(scores.mask_fill(mask, -1e9), 2)
     }
 }
 
@@ -157,8 +165,8 @@ mod tests {
         testing::{assert_close_tensors, cpu, ramp},
     };
 
-    #[test]
-    fn a_cached_chunk_equals_the_whole_sequence() {
+    /// A layer of 4 query heads and 2 key heads.
+    fn layer() -> DecoderLayer {
         let config = DecoderLayerConfig {
             hidden_size: 32,
             intermediate_size: 40,
@@ -166,7 +174,12 @@ mod tests {
             num_key_value_heads: 2,
             rms_norm_eps: 1e-6,
         };
-        let layer = config.init(&cpu());
+        config.init(&cpu())
+    }
+
+    #[test]
+    fn a_cached_chunk_equals_the_whole_sequence() {
+        let layer = layer();
         let rotary = MultimodalRotary::new(8, 1e6, [2, 1, 1]);
         let positions: Vec<[f32; 3]> = (0..7).map(|p| [p as f32, (p / 2) as f32, (p % 2) as f32]).collect();
         let x = ramp([1, 7, 32], 4);
@@ -185,22 +198,16 @@ mod tests {
 
     #[test]
     fn values_weighted_by_the_attention_are_what_the_layer_attends_to() {
-        let config = DecoderLayerConfig {
-            hidden_size: 32,
-            intermediate_size: 40,
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            rms_norm_eps: 1e-6,
-        };
-        let layer = config.init(&cpu());
+        let layer = layer();
         let table = MultimodalRotary::new(8, 1e6, [2, 1, 1]).table(&[0.0, 1.0, 2.0, 3.0, 4.0].map(|p| [p; 3]), &cpu());
         let x = ramp([1, 5, 32], 4) * 3.0;
         let normed = layer.input_layernorm.forward(x.clone());
         let expected = layer.self_attn.forward(normed.clone(), &table, Visibility::Causal, None);
         let values = layer.self_attn.heads(layer.self_attn.v_proj.forward(normed));
         let queries = [4, 0, 2];
+        let weights = layer.log_attention(x, &table, &[0, 1, 2, 3], &queries).exp();
         let heads = (0..4).map(|head| {
-            let weights = layer.log_attention(x.clone(), &table, head, &queries).exp();
+            let weights = weights.clone().narrow(0, head, 1).squeeze_dim::<2>(0);
             weights.matmul(values.clone().narrow(2, head / 2, 1).reshape([5, 8]))
         });
         let found = layer.self_attn.o_proj.forward(Tensor::cat(heads.collect(), 1).unsqueeze::<3>());
