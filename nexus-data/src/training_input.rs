@@ -6,7 +6,7 @@ use crate::error::DataError;
 use crate::image_processor::Patches;
 use crate::message::{Message, Role};
 use crate::processor::{ProcessOptions, Processor};
-use crate::prompt::{IM_END, IM_START, default_system, expand_image_pads, render_turn, turn_header};
+use crate::prompt::{IM_END, IM_START, IMAGE_PAD, default_system, expand_image_pads, render_turn, turn_header};
 
 /// What the language model is trained on for one conversation.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,8 @@ pub struct TrainingInput {
     /// an `<|image_pad|>` with a label is a place of [`TrainingInput::answer_images`], one without is a place of
     /// [`TrainingInput::input_images`].
     pub labels: Vec<Option<u32>>,
+    /// As long as `token_ids`: the byte of `text` where the token begins. All tokens of an image begin at its marker.
+    pub starts: Vec<usize>,
     /// The images that the model is shown, in the order of the conversation.
     pub input_images: Vec<Patches>,
     /// The images that the model is to draw, in the order of the conversation; 81 merged tokens each.
@@ -49,11 +51,12 @@ impl Processor {
             text: default_system(first),
             token_ids: Vec::new(),
             labels: Vec::new(),
+            starts: Vec::new(),
             input_images: Vec::new(),
             answer_images: Vec::new(),
             grids: Vec::new(),
         };
-        input.token_ids = self.tokenizer().encode(&input.text)?;
+        (input.token_ids, input.starts) = self.tokenizer().encode_with_starts(&input.text)?.into_iter().unzip();
         input.labels = vec![None; input.token_ids.len()];
         for message in messages {
             self.push_turn(&mut input, message, options)?;
@@ -80,9 +83,13 @@ impl Processor {
         let expanded = expand_image_pads(&text, &grids)?;
         // An answer that begins with a newline shares a token with the header; at inference that token cannot come.
         let learnt = turn_header(message.role).len()..expanded.len() - "\n".len();
+        let (image, mut repeated, mut last) = (self.tokenizer().special_tokens().image, 0, None);
         for (id, start) in self.tokenizer().encode_with_starts(&expanded)? {
+            repeated += if id == image && last == Some(image) { IMAGE_PAD.len() } else { 0 };
+            last = Some(id);
             input.token_ids.push(id);
             input.labels.push((is_answer && learnt.contains(&start)).then_some(id));
+            input.starts.push(input.text.len() + start - repeated);
         }
         input.text.push_str(&text);
         input.grids.extend(grids);
@@ -207,9 +214,39 @@ mod tests {
             let expanded = expand_image_pads(&input.text, &input.grids).unwrap();
             assert_eq!(input.token_ids, processor.tokenizer().encode(&expanded).unwrap(), "{}", input.text);
             assert_eq!(input.labels.len(), input.token_ids.len());
+            assert_eq!(input.starts.len(), input.token_ids.len());
             for (&id, label) in input.token_ids.iter().zip(&input.labels) {
                 assert!(label.is_none_or(|label| label == id));
             }
+        }
+    }
+
+    #[test]
+    fn tokens_begin_where_their_text_stands() {
+        let processor = processor();
+        for messages in conversations() {
+            let input = processor.training_input(&messages, &ProcessOptions::default()).unwrap();
+            assert!(input.starts.is_sorted(), "{:?}", input.starts);
+            // A part of a letter begins where the letter does.
+            let special = processor.tokenizer().special_tokens();
+            let mut tokens = input.token_ids.iter().zip(&input.starts).enumerate();
+            let of =
+                |id: u32| tokens.clone().filter(move |(_, (token, _))| **token == id).map(|(_, (_, start))| *start);
+            for (id, marker) in [(special.im_start, IM_START), (special.im_end, IM_END)] {
+                let expected: Vec<usize> = input.text.match_indices(marker).map(|(at, _)| at).collect();
+                assert_eq!(of(id).collect::<Vec<_>>(), expected);
+            }
+            let expected = input.text.match_indices(IMAGE_PAD).zip(&input.grids);
+            let expected: Vec<usize> =
+                expected.flat_map(|((at, _), grid)| vec![at; grid.num_merged_tokens()]).collect();
+            assert_eq!(of(special.image).collect::<Vec<_>>(), expected);
+            let ascii = |index: usize, start| {
+                let end = input.starts.get(index + 1).copied().unwrap_or(input.text.len());
+                input.text.get(start..end).filter(|text| text.is_ascii() && !text.is_empty())
+            };
+            assert!(tokens.all(|(index, (&id, &start))| {
+                id == special.image || ascii(index, start).is_none_or(|text| processor.decode(&[id]).unwrap() == text)
+            }));
         }
     }
 

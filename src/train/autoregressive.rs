@@ -23,8 +23,9 @@ use nexus_vision_encoder::{
 
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
+    attended::attended_tokens,
     feed::Conversation,
-    labels::{STATE_CLASSES, Shown, attended_tokens},
+    labels::{STATE_CLASSES, Shown},
     trainer::{Losses, MicroBatch, Task},
 };
 use crate::ModelFiles;
@@ -59,8 +60,8 @@ struct KnownSample {
     sample: TrainingSample,
     /// What its images show, inputs before answers.
     shown: Vec<Option<Scene>>,
-    /// Where its answers are about, each for the token that predicts the first of the answer.
-    attended: Vec<(usize, Vec<usize>)>,
+    /// Tokens of which it is known where they should look.
+    attended: Vec<Attended>,
 }
 
 /// A conversation as tokens and pixels, and what is known of it.
@@ -193,7 +194,7 @@ impl LanguageTask {
         };
         let image_token = self.module.ar.config().token_ids.image_token_id;
         let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places })| {
-            let attended = attended_tokens(&input, &places, image_token);
+            let attended = attended_tokens(&input, &places, &scenes, image_token);
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let shown = Shown::scenes_of(scenes, input_images.len() + answer_images.len());
             let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
@@ -403,7 +404,7 @@ impl Task for LanguageTask {
 fn attended(samples: &mut [KnownSample]) -> Vec<Attended> {
     let of_sample = |(sample, known): (usize, &mut KnownSample)| {
         let attended = std::mem::take(&mut known.attended).into_iter();
-        attended.map(move |(query, tokens)| Attended { sample, query, tokens })
+        attended.map(move |attended| Attended { sample, ..attended })
     };
     samples.iter_mut().enumerate().flat_map(of_sample).collect()
 }

@@ -14,6 +14,7 @@
 //! killed goes on with the same losses, bit for bit, on a CPU with the same number of threads. Micro-batches that are
 //! computed side by side make no difference to them.
 
+mod attended;
 mod autoregressive;
 mod curves;
 mod decoders;

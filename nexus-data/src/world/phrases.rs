@@ -38,6 +38,13 @@ pub(super) enum Detail {
     Full,
 }
 
+impl Object {
+    /// Its colour and shape in words: `red circle`.
+    pub fn name(&self, language: Language) -> String {
+        noun(self, Detail::Name, language)
+    }
+}
+
 /// Adjectives and noun, without an article: `small striped red circle`.
 pub(super) fn noun(object: &Object, detail: Detail, language: Language) -> String {
     let mut words = vec![];

@@ -1,0 +1,219 @@
+//! Where tokens should look, as far as it is known: a conversation and its truth -> tokens, and those they should attend to.
+
+use std::ops::Range;
+
+use nexus_ar::Attended;
+use nexus_core::GridThw;
+use nexus_data::{
+    Language, TrainingInput,
+    world::{Object, Place, Scene, token_places},
+};
+
+/// An image of a conversation.
+#[derive(Clone, Copy)]
+struct Seen<'a> {
+    /// Its first token.
+    start: usize,
+    grid: GridThw,
+    /// What it shows, if that is known.
+    scene: Option<&'a Scene>,
+}
+
+/// Tokens of a conversation, sample 0, of which it is known where they should look.
+///
+/// The token before the first of an answer looks at the places of the latest image that the answer is about. The tokens
+/// that predict an object of a picture look at what the object comes from: what stood in its place in the latest image,
+/// or the same object in another place of it, or else the words that name it.
+pub(super) fn attended_tokens(
+    input: &TrainingInput,
+    places: &[Vec<Place>],
+    scenes: &[Scene],
+    image_token: u32,
+) -> Vec<Attended> {
+    let TrainingInput { token_ids, labels, grids, .. } = input;
+    let known = scenes.len() == grids.len();
+    let (mut images, mut answers, mut latest) = (grids.iter().enumerate(), places.iter(), None::<Seen<'_>>);
+    // Since the last answer.
+    let mut turn = 0;
+    let mut found = Vec::new();
+    for index in 1..token_ids.len() {
+        let begins_answer = labels[index - 1].is_none() && labels[index].is_some();
+        if begins_answer && let (Some(places), Some(seen)) = (answers.next(), latest) {
+            found.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(places) });
+        }
+        if token_ids[index] == image_token && token_ids[index - 1] != image_token {
+            let Some((number, &grid)) = images.next() else { continue };
+            let drawn = Seen { start: index, grid, scene: known.then(|| &scenes[number]) };
+            if labels[index].is_some() {
+                found.extend(drawn.sources(latest, input, turn..index));
+            }
+            latest = Some(drawn);
+        }
+        if labels[index - 1].is_some() && labels[index].is_none() {
+            turn = index;
+        }
+    }
+    found.retain(|attended| !attended.queries.is_empty() && !attended.tokens.is_empty());
+    found
+}
+
+impl Seen<'_> {
+    fn tokens_of(&self, places: &[Place]) -> Vec<usize> {
+        let tokens = token_places(self.grid.merged_h(), self.grid.merged_w()).into_iter().enumerate();
+        tokens.filter(|(_, place)| places.contains(place)).map(|(token, _)| self.start + token).collect()
+    }
+
+    /// For every place of this picture with an object, the tokens that predict it, and where its objects come from.
+    fn sources(&self, before: Option<Self>, input: &TrainingInput, prompt: Range<usize>) -> Vec<Attended> {
+        let Some(scene) = self.scene else { return vec![] };
+        let source_of = |place: Place, here: &[&Object]| {
+            if let Some(seen) = before
+                && let Some(source) = seen.scene.and_then(|before| stood(before, here, place))
+            {
+                return seen.tokens_of(&[source]);
+            }
+            here.iter().flat_map(|object| name_tokens(object, input, prompt.clone())).collect()
+        };
+        let predicted = |place| {
+            let here: Vec<&Object> = scene.objects.iter().filter(|object| object.place == place).collect();
+            let queries = self.tokens_of(&[place]).into_iter().map(|token| token - 1).collect();
+            (!here.is_empty()).then(|| Attended { sample: 0, queries, tokens: source_of(place, &here) })
+        };
+        Place::ALL.into_iter().filter_map(predicted).collect()
+    }
+}
+
+/// Where the objects of a place stood before.
+fn stood(before: &Scene, here: &[&Object], place: Place) -> Option<Place> {
+    let same = |other: &Object| here.iter().any(|object| Object { place, ..*other } == **object);
+    let in_place = before.objects.iter().find(|other| other.place == place);
+    in_place.or_else(|| before.objects.iter().find(|other| same(other))).map(|other| other.place)
+}
+
+/// Tokens of a turn that name an object by its colour and shape.
+fn name_tokens(object: &Object, TrainingInput { text, starts, .. }: &TrainingInput, turn: Range<usize>) -> Vec<usize> {
+    let end = |token: usize| starts.get(token).copied().unwrap_or(text.len());
+    let from = end(turn.start);
+    let names = [Language::English, Language::Chinese].map(|language| object.name(language));
+    let spans = names.iter().flat_map(|name| text[from..end(turn.end)].match_indices(name.as_str()));
+    let spans: Vec<Range<usize>> = spans.map(|(at, name)| from + at..from + at + name.len()).collect();
+    let is_in = |&token: &usize| {
+        let bytes = starts[token]..end(token + 1).max(starts[token] + 1);
+        spans.iter().any(|span| bytes.start < span.end && span.start < bytes.end)
+    };
+    turn.filter(is_in).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use nexus_data::{
+        ProcessOptions, Processor,
+        world::{Kind, Sample, Split, Task, World},
+    };
+
+    use super::*;
+
+    const IMAGE: u32 = 9;
+
+    #[test]
+    fn answers_look_at_the_latest_image() {
+        let question = |answer: &[u32]| (vec![1, 2], answer.to_vec());
+        let grid = GridThw::new(1, 6, 6).unwrap();
+        let picture = [&[7][..], &[IMAGE; 9], &[8]].concat();
+        // A picture, two answers, an answer that is a picture, and a question about that.
+        let turns =
+            [([&picture[..], &[1]].concat(), vec![3, 4]), question(&[3]), question(&picture), question(&[5, 6])];
+        let (mut token_ids, mut labels) = (vec![0], vec![None]);
+        let mut starts = vec![];
+        for (prompt, answer) in &turns {
+            token_ids.extend(prompt);
+            labels.resize(token_ids.len(), None);
+            starts.push(token_ids.len() - 1);
+            token_ids.extend(answer);
+            labels.extend(answer.iter().copied().map(Some));
+        }
+        let input = TrainingInput {
+            text: String::new(),
+            starts: vec![0; token_ids.len()],
+            token_ids,
+            labels,
+            input_images: vec![],
+            answer_images: vec![],
+            grids: vec![grid, grid],
+        };
+        let places = [vec![Place(0), Place(5)], vec![], vec![Place(8)], vec![Place(2)]];
+        let drawn = starts[2] + 2;
+        let expected = [(starts[0], vec![2, 7]), (starts[2], vec![10]), (starts[3], vec![drawn + 2])];
+        let expected = expected.map(|(query, tokens)| Attended { sample: 0, queries: vec![query], tokens });
+        assert_eq!(attended_tokens(&input, &places, &[], IMAGE), expected);
+        assert!(attended_tokens(&input, &[], &[], IMAGE).is_empty());
+    }
+
+    /// Samples of a kind with what they attend to.
+    fn samples(task: Task, kind: Kind) -> impl Iterator<Item = (Sample, TrainingInput, Vec<Attended>)> {
+        let processor = Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/Nexus-GenV2")).unwrap();
+        let image = processor.tokenizer().special_tokens().image;
+        (0..40).map(move |index| {
+            let sample = World::new(8).sample_of(task, &[kind], Split::Train, index);
+            let input = processor.training_input(&sample.messages, &ProcessOptions::default()).unwrap();
+            let attended = attended_tokens(&input, &sample.places, &sample.scenes, image);
+            (sample, input, attended)
+        })
+    }
+
+    fn text_of(input: &TrainingInput, tokens: &[usize]) -> String {
+        let end = |token: usize| input.starts.get(token + 1).copied().unwrap_or(input.text.len());
+        tokens.iter().map(|&token| &input.text[input.starts[token]..end(token)]).collect()
+    }
+
+    fn first_pad(input: &TrainingInput) -> usize {
+        let at = input.text.find("<|image_pad|>").unwrap();
+        input.starts.iter().position(|&start| start == at).unwrap()
+    }
+
+    #[test]
+    fn what_is_drawn_looks_at_the_words_that_name_it() {
+        for kind in Task::Generation.kinds() {
+            for (sample, input, attended) in samples(Task::Generation, *kind) {
+                let first = input.labels.iter().position(Option::is_some).unwrap();
+                let image = first_pad(&input);
+                let mut places: Vec<Place> = sample.scenes[0].objects.iter().map(|object| object.place).collect();
+                places.dedup();
+                assert_eq!(attended.len(), places.len(), "{}", input.text);
+                for (Attended { queries, tokens, .. }, place) in attended.iter().zip(places) {
+                    assert_eq!(queries.len(), 9);
+                    let corner = usize::from(place.row()) * 27 + usize::from(place.column()) * 3;
+                    assert_eq!(queries[0], image + corner - 1);
+                    assert!(tokens.iter().all(|&token| token < first));
+                    let words = text_of(&input, tokens);
+                    for object in sample.scenes[0].objects.iter().filter(|object| object.place == place) {
+                        assert!(words.contains(&object.name(sample.language)), "{words} in {}", input.text);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_edit_leaves_or_changes_looks_at_what_it_was() {
+        for kind in [Kind::Move, Kind::Recolour, Kind::Background, Kind::Add] {
+            for (sample, input, attended) in samples(Task::Editing, kind) {
+                let [before, after] = &sample.scenes[..] else { panic!("two scenes") };
+                let place_of = |token: usize| token_places(9, 9)[token - first_pad(&input)];
+                let drawn = attended.iter().filter(|attended| attended.queries.len() > 1);
+                assert_eq!(drawn.clone().count(), after.objects.len());
+                for (Attended { tokens, .. }, object) in drawn.zip(&after.objects) {
+                    if sample.kind == Kind::Add && !before.objects.contains(object) {
+                        assert!(text_of(&input, tokens).contains(&object.name(sample.language)));
+                        continue;
+                    }
+                    let places: Vec<Place> = tokens.iter().map(|&token| place_of(token)).collect();
+                    assert_eq!(places.len(), 9);
+                    let moved = sample.kind == Kind::Move && !before.objects.contains(object);
+                    let from = if moved { sample.places[0][0] } else { object.place };
+                    assert!(places.iter().all(|&place| place == from), "{}", input.text);
+                }
+            }
+        }
+    }
+}
