@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::Tensor;
+
 use crate::DeviceError;
 
 /// What can go wrong.
@@ -75,8 +77,11 @@ pub enum Error {
     /// The conversation has no picture that could be changed.
     #[error("there is no picture in the conversation to edit: send one with the message")]
     NothingToEdit,
-    /// The device failed to give a result back.
-    #[error("the device failed to give the result back: {reason}")]
+    /// The device failed while it computed: it was lost, or its memory was not enough.
+    #[error(
+        "the device failed to give a result back: {reason}; if its memory was not enough, draw a smaller picture or in \
+         tiles, or load the model with quantised weights or one stage at a time"
+    )]
     Read {
         /// What the backend said.
         reason: String,
@@ -86,10 +91,11 @@ pub enum Error {
     Cancelled,
 }
 
-impl Error {
-    pub(crate) fn read(error: impl std::fmt::Display) -> Self {
-        Self::Read { reason: error.to_string() }
-    }
+/// Values of a tensor; waits for the device.
+pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Error> {
+    let failed = |error: &dyn std::fmt::Display| Error::Read { reason: error.to_string() };
+    let data = tensor.try_into_data().map_err(|error| failed(&error))?;
+    data.try_into_vec_as().map_err(|error| failed(&error))
 }
 
 fn list(paths: &[PathBuf]) -> String {

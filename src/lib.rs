@@ -77,7 +77,7 @@ pub use error::Error;
 pub use files::ModelFiles;
 pub use nexus::{Loader, Nexus};
 pub use nexus_ar::{GenerationConfig, ImagePass, PositionsAfterImage, SamplingOptions};
-pub use nexus_core::{GridThw, ImageEmbeds};
+pub use nexus_core::{GridThw, ImageEmbeds, nn::Quantization};
 pub use nexus_data::{Image, ImageLimits, Language, Message, Part, Role};
 pub use nexus_diffusion::Noise;
 pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, TextOptions};

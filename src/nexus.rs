@@ -11,6 +11,7 @@ use nexus_core::{
     ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions},
     config::{ConfigError, read_json},
+    nn::Quantization,
 };
 use nexus_data::{Image, Message, ModelInput, Processor};
 use nexus_diffusion::LatentSize;
@@ -45,6 +46,7 @@ pub struct Loader {
     check_finite: bool,
     weights_dtype: Option<LoadDType>,
     compute_dtype: Option<FloatDType>,
+    quantization: Option<Quantization>,
     max_picture_pixels: usize,
 }
 
@@ -85,6 +87,15 @@ impl Loader {
         Self { compute_dtype: Some(dtype), ..self }
     }
 
+    /// Keeps the linear layers of the language model and of the decoders in 8 or 4 bits, for devices with little memory.
+    ///
+    /// A layer becomes floats again each time it is used, which costs time; on a CPU, where weights stay in the mapped
+    /// file, it saves nothing.
+    #[must_use]
+    pub fn quantization(self, quantization: Quantization) -> Self {
+        Self { quantization: Some(quantization), ..self }
+    }
+
     /// Whether every weight is read and NaN or infinity refused; off by default, because it reads the whole files.
     #[must_use]
     pub fn check_finite(self, check_finite: bool) -> Self {
@@ -119,7 +130,7 @@ impl Loader {
             compute: self.compute_dtype.unwrap_or(suited.compute),
         };
         precision.check(device)?;
-        let options = LoadOptions { dtype: precision.weights, check_finite: self.check_finite };
+        let options = LoadOptions { dtype: precision.weights, check_finite: self.check_finite, quantization: None };
         let mut files = ModelFiles::find(&self.dir)?;
         if let Some(dir) = self.flux_dir {
             files.set_flux(&dir)?;
@@ -133,7 +144,8 @@ impl Loader {
             Err(ConfigError::Missing { .. }) => ChatOptions::default(),
             read => read?,
         };
-        let mut stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
+        let mut stages =
+            Stages::open(files, config, device, options, self.quantization, precision.compute, self.residency)?;
         if self.residency == Residency::KeepAll {
             stages.vision_encoder(observer)?;
             stages.ar(observer)?;
@@ -179,6 +191,7 @@ impl Nexus {
             check_finite: false,
             weights_dtype: None,
             compute_dtype: None,
+            quantization: None,
             max_picture_pixels: MAX_PICTURE_PIXELS,
         }
     }

@@ -7,6 +7,7 @@ use nexus_ar::{ArConfig, ArModel};
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, check_module},
+    nn::Quantization,
 };
 use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 use nexus_diffusion::{
@@ -18,7 +19,7 @@ use nexus_diffusion::{
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 use serde::{Deserialize, Serialize};
 
-use crate::{DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage, session::emit};
+use crate::{DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage, error::read, session::emit};
 
 /// Which stages stay in memory between requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -40,6 +41,7 @@ pub(crate) struct Stages {
     language_model: Checkpoint,
     device: Device,
     options: LoadOptions,
+    quantization: Option<Quantization>,
     residency: Residency,
     vision_encoder: Option<VisionEncoder>,
     ar: Option<ArModel>,
@@ -57,6 +59,7 @@ impl Stages {
         config: ArConfig,
         device: &Device,
         options: LoadOptions,
+        quantization: Option<Quantization>,
         compute_dtype: FloatDType,
         residency: Residency,
     ) -> Result<Self, Error> {
@@ -70,6 +73,7 @@ impl Stages {
             language_model,
             device: device.clone(),
             options,
+            quantization,
             residency,
             vision_encoder: None,
             ar: None,
@@ -85,10 +89,10 @@ impl Stages {
 
     /// Compares names, shapes and dtypes of every file that is there with the modules, without loading weights.
     fn check(&self) -> Result<(), Error> {
-        let (device, options) = (&self.device, &self.options);
+        let (device, options, quantized) = (&self.device, &self.options, &self.quantized());
         let vision_encoder = VisionEncoder::new(&self.vision_config, device);
         check_module(&vision_encoder, &self.language_model, &nexus_vision_encoder::NAMES, options)?;
-        check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, options)?;
+        check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, quantized)?;
         let (mut ae_config, mut clip_config, mut t5_config) = (None, None, None);
         if let Ok(path) = self.files.autoencoder() {
             let config = ae_config.insert(AutoencoderConfig::read_beside(&self.files.flux)?);
@@ -110,13 +114,13 @@ impl Stages {
             let config = self.diffusion_config(&path)?;
             fits(&config)?;
             let decoder = GenerationDecoder::new(&config, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, quantized)?;
         }
         if let Ok(path) = self.files.edit_decoder() {
             let config = self.diffusion_config(&path)?;
             fits(&config)?;
             let decoder = EditingDecoder::new(&config, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, quantized)?;
         }
         Ok(())
     }
@@ -128,6 +132,11 @@ impl Stages {
             DiffusionConfig { merger: MergerConfig::read(&self.files.config())?, dit: DitConfig::read_beside(dir)? };
         config.validate()?;
         Ok(config)
+    }
+
+    /// How the large stages are loaded: the language model and the decoders.
+    fn quantized(&self) -> LoadOptions {
+        LoadOptions { quantization: self.quantization, ..self.options }
     }
 
     /// Frees every stage.
@@ -163,7 +172,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::Ar, observer)?;
-                ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?
+                ArModel::load(&self.language_model, &self.config, &self.device, &self.quantized())?
             }
         };
         Ok(self.ar.insert(loaded))
@@ -176,7 +185,7 @@ impl Stages {
                 let path = self.files.generation_decoder()?;
                 self.announce(Stage::GenerationDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.quantized())?
             }
         };
         Ok(self.generation_decoder.insert(loaded))
@@ -189,7 +198,7 @@ impl Stages {
                 let path = self.files.edit_decoder()?;
                 self.announce(Stage::EditingDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.quantized())?
             }
         };
         Ok(self.editing_decoder.insert(loaded))
@@ -279,8 +288,7 @@ impl Stages {
         let autoencoder = self.autoencoder(observer)?;
         emit(observer, Progress::Running(Stage::Autoencoder))?;
         let decoded = autoencoder.decode(latents, tiled.then(Tiling::default));
-        let values = decoded.into_data().try_into_vec_as::<f32>().map_err(Error::read)?;
-        Ok(Image::from_decoded(&values, height, width)?)
+        Ok(Image::from_decoded(&read(decoded)?, height, width)?)
     }
 
     /// Pooled vector of the empty prompt, which the original gives to every positive branch.

@@ -29,7 +29,8 @@ const LOSS_TOLERANCE: f32 = 1e-5;
 const GRADIENT_TOLERANCE: f32 = 1e-4;
 
 /// Weights to train: as master weights in f32.
-const OPTIONS: LoadOptions = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: false };
+const OPTIONS: LoadOptions =
+    LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: false, quantization: None };
 
 fn trained() -> Device {
     device().autodiff()

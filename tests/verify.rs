@@ -12,15 +12,15 @@ use std::{
 
 use burn::tensor::{DType, TensorData};
 use nexus::{
-    Precision,
-    core::checkpoint::{Checkpoint, write_safetensors},
+    FloatDType, Precision, Quantization,
+    core::checkpoint::{Checkpoint, LoadDType, write_safetensors},
 };
 use nexus_core::testing::{device, random_models_dir};
-use stages::{STAGES, Setting, verify};
+use stages::{STAGES, Setting, verify, weights_in_memory};
 
 fn setting(random: PathBuf, tiny: PathBuf) -> Setting {
     let precision = Precision::of(&device());
-    Setting { random, tiny, device: device(), precision }
+    Setting { random, tiny, device: device(), precision, quantization: None }
 }
 
 fn tiny_dir() -> PathBuf {
@@ -78,6 +78,27 @@ fn every_stage_passes() {
     for (stage, run) in STAGES {
         let verdict = verify(stage, run, &setting);
         assert!(verdict.passes(), "{verdict:?}");
+    }
+}
+
+#[test]
+fn quantised_weights_pass_within_limits_of_their_own() {
+    let quantized = ["language model", "image block", "adapter", "embedding merger", "transformer", "from prompt"];
+    for (quantization, at_least, bits) in [(Quantization::Q8, 2e-4, 9), (Quantization::Q4, 3e-3, 5)] {
+        let setting = Setting { quantization: Some(quantization), ..setting(random_models_dir(), tiny_dir()) };
+        for (stage, run) in STAGES {
+            let verdict = verify(stage, run, &setting);
+            assert!(verdict.passes(), "{quantization:?}: {verdict:?}");
+            let drifts = verdict.drift.unwrap() > at_least;
+            assert_eq!(drifts, quantized.iter().any(|name| stage.starts_with(name)), "{quantization:?}: {verdict:?}");
+        }
+        let bytes = weights_in_memory(&setting).unwrap();
+        let precision = Precision { weights: LoadDType::Convert(FloatDType::F32), compute: FloatDType::F32 };
+        let floats = weights_in_memory(&Setting { quantization: None, precision, ..setting }).unwrap();
+        for ((stage, bytes), (_, floats)) in bytes.into_iter().zip(floats) {
+            // Tables and norms stay as they are.
+            assert!(bytes * 32 > floats * bits && bytes * 16 < floats * (bits + 8), "{stage}: {bytes} of {floats}");
+        }
     }
 }
 

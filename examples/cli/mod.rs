@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use nexus::{Nexus, Progress, Residency};
+use nexus::{Nexus, Progress, Quantization, Residency};
 
 /// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
 #[global_allocator]
@@ -28,6 +28,22 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).with_context(|| path.display().to_string())
 }
 
+/// Bits of a quantised weight.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Bits {
+    Q8,
+    Q4,
+}
+
+impl From<Bits> for Quantization {
+    fn from(bits: Bits) -> Self {
+        match bits {
+            Bits::Q8 => Self::Q8,
+            Bits::Q4 => Self::Q4,
+        }
+    }
+}
+
 /// Which model runs, and where.
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -40,6 +56,9 @@ pub struct ModelArgs {
     /// Device: cpu, cuda:0, wgpu, vulkan, metal, rocm (those compiled in)
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Keep the language model and the decoders in fewer bits, for devices with little memory
+    #[arg(long)]
+    quantize: Option<Bits>,
     /// Free each stage before the next one is loaded
     #[arg(long = "enable_cpu_offload")]
     enable_cpu_offload: bool,
@@ -53,6 +72,9 @@ impl ModelArgs {
         let mut loader = Nexus::loader(self.dir()).residency(residency);
         if let Some(dir) = &self.flux_path {
             loader = loader.flux_dir(dir);
+        }
+        if let Some(bits) = self.quantize {
+            loader = loader.quantization(bits.into());
         }
         Ok(loader.load(&self.device()?)?)
     }

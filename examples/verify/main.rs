@@ -13,11 +13,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use nexus::{
-    FloatDType, Precision,
+    FloatDType, Precision, Quantization,
     core::checkpoint::{Checkpoint, LoadDType, Manifest},
 };
 use nexus_core::testing::{fixtures_dir, random_models_dir};
-use stages::{PICTURES, STAGES, Setting, Verdict, draw, hash, verify};
+use stages::{PICTURES, STAGES, Setting, Verdict, draw, hash, verify, weights_in_memory};
 
 /// Runs every stage on a device and compares it with PyTorch's results, which the repository carries.
 ///
@@ -30,6 +30,9 @@ struct Args {
     /// Dtype of weights and activations; without it, what the device computes in by default
     #[arg(long)]
     dtype: Option<Dtype>,
+    /// Keep the weights of linear layers in fewer bits; the limits are those of so few bits
+    #[arg(long)]
+    quantize: Option<cli::Bits>,
     /// Write the certificate as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -40,7 +43,7 @@ struct Args {
     #[arg(long, value_name = "DIR", requires = "model")]
     manifest: Option<PathBuf>,
     /// Write the expected pictures of nexus-tiny instead, on the CPU, after its weights changed
-    #[arg(long, conflicts_with_all = ["device", "dtype"])]
+    #[arg(long, conflicts_with_all = ["device", "dtype", "quantize"])]
     golden: bool,
 }
 
@@ -56,10 +59,13 @@ enum Dtype {
 struct Certificate {
     device: String,
     dtype: String,
+    quantization: Option<Quantization>,
     nexus: &'static str,
     target: String,
     /// SHA-256 of every file of weights.
     weights: Vec<(String, String)>,
+    /// Bytes of the weights of nexus-tiny's large stages on the device.
+    bytes: Vec<(&'static str, usize)>,
     stages: Vec<Verdict>,
     passes: bool,
 }
@@ -71,7 +77,8 @@ fn main() -> Result<ExitCode> {
     let precision = args.dtype.map_or_else(|| Precision::of(&device), Dtype::precision);
     precision.check(&device)?;
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nexus-tiny");
-    let setting = Setting { random: random_models_dir(), tiny, device, precision };
+    let quantization = args.quantize.map(Quantization::from);
+    let setting = Setting { random: random_models_dir(), tiny, device, precision, quantization };
     for dir in [&setting.random, &setting.tiny, &fixtures_dir()] {
         ensure!(dir.is_dir(), "{}: not here; verify runs in a clone of the repository", dir.display());
     }
@@ -85,18 +92,24 @@ fn main() -> Result<ExitCode> {
         check_manifests(model, manifests)?;
     }
 
-    println!("{} in {:?}, weights {:?}\n", args.device, precision.compute, precision.weights);
+    let linear = quantization.map(|quantization| format!(", linear layers {quantization:?}")).unwrap_or_default();
+    println!("{} in {:?}, weights {:?}{linear}\n", args.device, precision.compute, precision.weights);
     println!("{:<28} {:>9} {:>9} {:>9}  verdict", "stage", "drift", "limit", "seconds");
     let stages: Vec<Verdict> = STAGES.into_iter().map(|(stage, run)| show(verify(stage, run, &setting))).collect();
     let passes = stages.iter().all(Verdict::passes);
+    let bytes = weights_in_memory(&setting)?;
+    let kilobytes = bytes.iter().map(|(stage, bytes)| format!("{stage} {} kB", bytes / 1000));
+    println!("\nweights of nexus-tiny in memory: {}", kilobytes.collect::<Vec<_>>().join(", "));
     println!("\n{}", if passes { "PASS: every stage computes the right thing here" } else { "FAIL" });
     if let Some(path) = &args.json {
         let certificate = Certificate {
             device: args.device,
             dtype: format!("{:?}", precision.compute),
+            quantization,
             nexus: env!("CARGO_PKG_VERSION"),
             target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             weights: [weights(&setting.random)?, weights(&setting.tiny)?].concat(),
+            bytes,
             stages,
             passes,
         };

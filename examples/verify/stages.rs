@@ -9,8 +9,12 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::{DType, Tensor};
 use nexus::{
     Device, EditOptions, FloatDType, GenerateOptions, GridThw, Image, ImageEmbeds, ModelFiles, Nexus, Precision,
+    Quantization,
     ar::{ArConfig, ArModel, KvCache},
-    core::checkpoint::{Checkpoint, LoadOptions},
+    core::{
+        checkpoint::{Checkpoint, LoadOptions},
+        nn::weight_bytes,
+    },
     data::ImageProcessor,
     diffusion::{
         Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, LatentSize, T5Encoder,
@@ -24,6 +28,7 @@ use nexus_core::testing::{Fixture, fixtures_dir, relative_drift};
 use sha2::{Digest, Sha256};
 
 /// Where and with what the stages run.
+#[derive(Clone)]
 pub struct Setting {
     /// A model with the weights that the fixtures were made with.
     pub random: PathBuf,
@@ -31,6 +36,8 @@ pub struct Setting {
     pub tiny: PathBuf,
     pub device: Device,
     pub precision: Precision,
+    /// Of the language model and the transformers.
+    pub quantization: Option<Quantization>,
 }
 
 /// Result of one stage.
@@ -85,12 +92,23 @@ pub fn verify(stage: &'static str, run: Run, setting: &Setting) -> Verdict {
             (None, Some(text.unwrap_or_else(|| "panicked".to_string())))
         }
     };
-    Verdict { stage, drift, limit: limit(stage, setting.precision), seconds: started.elapsed().as_secs_f64(), error }
+    Verdict { stage, drift, limit: limit(stage, setting), seconds: started.elapsed().as_secs_f64(), error }
 }
 
 /// Largest drift that passes. Rounding of the dtype passes, a wrong stage does not.
-fn limit(stage: &str, precision: Precision) -> f32 {
-    match (stage, precision.compute) {
+fn limit(stage: &str, setting: &Setting) -> f32 {
+    let of_weights: f32 = match (stage, setting.quantization) {
+        (_, None) | ("patching" | "vision encoder" | "autoencoder" | "CLIP" | "T5", _) => 0.0,
+        ("from prompt to picture", Some(Quantization::Q8)) => 5e-3,
+        ("from prompt to picture", Some(Quantization::Q4)) => 3e-2,
+        (_, Some(Quantization::Q8)) => 3e-2,
+        (_, Some(Quantization::Q4)) => 3e-1,
+    };
+    of_weights.max(limit_of_dtype(stage, setting))
+}
+
+fn limit_of_dtype(stage: &str, setting: &Setting) -> f32 {
+    match (stage, setting.precision.compute) {
         ("patching", _) => 0.0,
         ("from prompt to picture", FloatDType::F32) => 2e-3,
         ("from prompt to picture", _) => 1e-2,
@@ -102,7 +120,12 @@ fn limit(stage: &str, precision: Precision) -> f32 {
 
 impl Setting {
     fn options(&self) -> LoadOptions {
-        LoadOptions { dtype: self.precision.weights, check_finite: false }
+        LoadOptions { dtype: self.precision.weights, check_finite: false, quantization: None }
+    }
+
+    /// For the language model and the decoders.
+    fn quantized(&self) -> LoadOptions {
+        LoadOptions { quantization: self.quantization, ..self.options() }
     }
 
     fn files(&self) -> Result<ModelFiles> {
@@ -130,19 +153,19 @@ impl Setting {
     fn model(&self) -> Result<ArModel> {
         let files = self.files()?;
         let config = ArConfig::read(files.config())?;
-        Ok(ArModel::load(&files.open_language_model()?, &config, &self.device, &self.options())?)
+        Ok(ArModel::load(&files.open_language_model()?, &config, &self.device, &self.quantized())?)
     }
 
     fn generation_decoder(&self) -> Result<GenerationDecoder> {
         let files = self.files()?;
         let (weights, config) = (Checkpoint::open(files.generation_decoder()?)?, DiffusionConfig::read(&files.nexus)?);
-        Ok(GenerationDecoder::load(&weights, &config, &self.device, &self.options())?)
+        Ok(GenerationDecoder::load(&weights, &config, &self.device, &self.quantized())?)
     }
 
     fn editing_decoder(&self) -> Result<EditingDecoder> {
         let files = self.files()?;
         let (weights, config) = (Checkpoint::open(files.edit_decoder()?)?, DiffusionConfig::read(&files.nexus)?);
-        Ok(EditingDecoder::load(&weights, &config, &self.device, &self.options())?)
+        Ok(EditingDecoder::load(&weights, &config, &self.device, &self.quantized())?)
     }
 }
 
@@ -381,13 +404,27 @@ pub const PICTURES: [&str; 2] = ["verify_generate.png", "verify_edit.png"];
 /// Draws and edits a picture with the trained model.
 pub fn draw(setting: &Setting) -> Result<[Image; 2]> {
     let Precision { weights, compute } = setting.precision;
-    let mut nexus = Nexus::loader(&setting.tiny).weights_dtype(weights).compute_dtype(compute).load(&setting.device)?;
+    let mut loader = Nexus::loader(&setting.tiny).weights_dtype(weights).compute_dtype(compute);
+    if let Some(quantization) = setting.quantization {
+        loader = loader.quantization(quantization);
+    }
+    let mut nexus = loader.load(&setting.device)?;
     let defaults = nexus.default_options().clone();
     let options = GenerateOptions { steps: 8, ..defaults.generate };
     let drawn = nexus.generate(PROMPT, &options)?.image;
     let options = EditOptions { steps: 8, ..defaults.edit };
     let edited = nexus.edit(&Image::open(setting.tiny.join("scene.png"))?, INSTRUCTION, &options)?.image;
     Ok([drawn, edited])
+}
+
+/// Bytes that the weights of the trained model's large stages take, by stage.
+pub fn weights_in_memory(setting: &Setting) -> Result<Vec<(&'static str, usize)>> {
+    let setting = Setting { random: setting.tiny.clone(), ..setting.clone() };
+    Ok(vec![
+        ("language model", weight_bytes(&setting.model()?)),
+        ("generation decoder", weight_bytes(&setting.generation_decoder()?)),
+        ("editing decoder", weight_bytes(&setting.editing_decoder()?)),
+    ])
 }
 
 /// Root mean square difference of the pictures from those of the CPU, relative to the range of a value.

@@ -120,6 +120,17 @@ pub enum ArError {
         /// Why it cannot be used and what can.
         reason: String,
     },
+    /// The device failed while it computed: it was lost, or its memory was not enough.
+    #[error(
+        "the device failed to compute the scores for token {index}: {reason}; if its memory was not enough, load the \
+         model with quantised weights or one stage at a time"
+    )]
+    Device {
+        /// Index of the token in the sequence.
+        index: usize,
+        /// What the backend said.
+        reason: String,
+    },
     /// The model computed NaN or infinite scores.
     #[error(
         "the model's scores for token {index} are not numbers: check the weights with a NaN scan, or compute in f32"

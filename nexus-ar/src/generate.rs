@@ -287,9 +287,9 @@ impl<'a> Reply<'a> {
     fn choose(&mut self, hidden: Tensor<3>, sampler: &mut Sampler) -> Result<u32, ArError> {
         let index = self.generation.token_ids.len();
         let not_finite = ArError::NotFinite { index };
-        let Ok(mut scores) = self.model.logits(hidden).into_data().try_into_vec_as::<f32>() else {
-            return Err(not_finite);
-        };
+        let data = self.model.logits(hidden).try_into_data();
+        let data = data.map_err(|error| ArError::Device { index, reason: error.to_string() })?;
+        let Ok(mut scores) = data.try_into_vec_as::<f32>() else { return Err(not_finite) };
         if scores.iter().any(|score| !score.is_finite()) {
             return Err(not_finite);
         }

@@ -12,6 +12,7 @@ use nexus_core::checkpoint::{
     Checkpoint, CheckpointError, LoadDType, LoadOptions, LoadReport, Manifest, ManifestDifference, WeightNames,
     load_module, module_layout, save_module, write_safetensors,
 };
+use nexus_core::nn::{Embedding, Linear, Quantization};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -230,14 +231,14 @@ fn converts_floats_and_refuses_integers() {
     for (dtype, expected) in
         [(FloatDType::BF16, DType::BF16), (FloatDType::F16, DType::F16), (FloatDType::F64, DType::F64)]
     {
-        let options = LoadOptions { dtype: LoadDType::Convert(dtype), check_finite: true };
+        let options = LoadOptions { dtype: LoadDType::Convert(dtype), check_finite: true, quantization: None };
         let loaded = load(&checkpoint, options).unwrap();
         for (data, (name, original)) in params(&loaded).data.iter().zip(tensors()) {
             assert_eq!(*data, original.try_cast(expected).unwrap(), "{name}");
         }
     }
     let integers = tensors().into_iter().map(|(name, data)| (name, data.try_cast(DType::I64).unwrap())).collect();
-    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: false };
+    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: false, quantization: None };
     assert_eq!(report(load(&written(integers), options)).wrong_dtype.len(), LAYOUT.len());
 }
 
@@ -260,8 +261,52 @@ fn finds_values_that_are_not_finite() {
     // Finite in the file and infinite in f16.
     let mut tensors = self::tensors();
     tensors[0].1 = TensorData::new(vec![1e6f32; 12], [4, 3]);
-    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F16), check_finite: true };
+    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F16), check_finite: true, quantization: None };
     assert!(matches!(load(&written(tensors), options), Err(CheckpointError::NotFinite { count: 12, .. })));
+}
+
+#[test]
+fn quantises_the_weights_of_linear_layers_alone() {
+    #[derive(Module, Debug)]
+    struct Layers {
+        table: Embedding,
+        linear: Linear,
+        short: Linear,
+        matrix: Param<Tensor<2>>,
+    }
+    let device = Device::default();
+    let layers = Layers {
+        table: Embedding::new(4, 64, &device),
+        linear: Linear::new(64, 6, &device),
+        short: Linear::new(7, 6, &device),
+        matrix: weight([3, 64], &device),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("layers.safetensors");
+    save_module(&layers, &WeightNames::default(), &path, None).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    for (quantization, tolerance) in [(Quantization::Q8, 1e-3), (Quantization::Q4, 1e-2)] {
+        let options = LoadOptions { quantization: Some(quantization), ..Default::default() };
+        let loaded = load_module(layers.clone(), &checkpoint, &WeightNames::default(), &options).unwrap();
+        let quantized = loaded.linear.weight.val();
+        let (DType::QFloat(found), scheme) = (quantized.dtype(), quantization.scheme(64).unwrap()) else {
+            panic!("{:?}", quantized.dtype());
+        };
+        assert_eq!((found.value, found.block_size()), (scheme.value, scheme.block_size()));
+        let difference = (quantized.dequantize() - layers.linear.weight.val()).abs().max().into_scalar::<f32>();
+        assert!(difference > 0.0 && difference < tolerance, "{difference}");
+        for (kept, original) in [
+            (loaded.table.weight.val(), layers.table.weight.val()),
+            (loaded.short.weight.val(), layers.short.weight.val()),
+            (loaded.matrix.val(), layers.matrix.val()),
+        ] {
+            assert_eq!(kept.into_data(), original.into_data());
+        }
+        let bias = |layers: &Layers| layers.linear.bias.as_ref().unwrap().val().into_data();
+        assert_eq!(bias(&loaded), bias(&layers));
+        let error = save_module(&loaded, &WeightNames::default(), &path, None).unwrap_err();
+        assert!(matches!(error, CheckpointError::UnsupportedDType { .. }), "{error:?}");
+    }
 }
 
 #[test]
@@ -285,7 +330,7 @@ fn keeps_what_requires_gradients() {
 fn gradients_reach_loaded_weights() {
     let checkpoint = written(tensors());
     let module = tower(SIDES, &Device::default().autodiff());
-    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
+    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
     let loaded = load_module(module, &checkpoint, &NAMES, &options).unwrap();
     let embed = loaded.embed.val();
     let grads = embed.clone().powi_scalar(2).sum().backward();

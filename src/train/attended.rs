@@ -23,7 +23,8 @@ struct Seen<'a> {
 ///
 /// The token before the first of an answer looks at the places of the latest image that the answer is about. The tokens
 /// that predict an object of a picture look at what the object comes from: what stood in its place in the latest image,
-/// or the same object in another place of it, or else the words that name it.
+/// or the same object in another place of it, or else the words that name it. The tokens that predict the words of an
+/// answer that describe an object look at its place in the latest image.
 pub(super) fn attended_tokens(
     input: &TrainingInput,
     places: &[Vec<Place>],
@@ -35,6 +36,7 @@ pub(super) fn attended_tokens(
     let (mut images, mut answers, mut latest) = (grids.iter().enumerate(), places.iter(), None::<Seen<'_>>);
     // Since the last answer.
     let mut turn = 0;
+    let mut begun = 0;
     let mut found = Vec::new();
     for index in 1..token_ids.len() {
         let begins_answer = labels[index - 1].is_none() && labels[index].is_some();
@@ -49,7 +51,11 @@ pub(super) fn attended_tokens(
             }
             latest = Some(drawn);
         }
+        if begins_answer {
+            begun = index;
+        }
         if labels[index - 1].is_some() && labels[index].is_none() {
+            found.extend(latest.iter().flat_map(|seen| seen.described(input, begun..index)));
             turn = index;
         }
     }
@@ -72,7 +78,9 @@ impl Seen<'_> {
             {
                 return seen.tokens_of(&[source]);
             }
-            here.iter().flat_map(|object| name_tokens(object, input, prompt.clone())).collect()
+            let named =
+                |object: &&Object| tokens_of(&LANGUAGES.map(|language| object.name(language)), input, prompt.clone());
+            here.iter().flat_map(named).collect()
         };
         let predicted = |place| {
             let here: Vec<&Object> = scene.objects.iter().filter(|object| object.place == place).collect();
@@ -80,6 +88,17 @@ impl Seen<'_> {
             (!here.is_empty()).then(|| Attended { sample: 0, queries, tokens: source_of(place, &here) })
         };
         Place::ALL.into_iter().filter_map(predicted).collect()
+    }
+
+    /// For every object of this picture that an answer describes, the tokens that predict the words, and its place.
+    fn described(&self, input: &TrainingInput, answer: Range<usize>) -> Vec<Attended> {
+        let objects = self.scene.iter().flat_map(|scene| &scene.objects);
+        let told = objects.map(|object| {
+            let words = LANGUAGES.map(|language| object.description(language));
+            let queries = tokens_of(&words, input, answer.clone()).into_iter().map(|token| token - 1).collect();
+            Attended { sample: 0, queries, tokens: self.tokens_of(&[object.place]) }
+        });
+        told.collect()
     }
 }
 
@@ -90,18 +109,20 @@ fn stood(before: &Scene, here: &[&Object], place: Place) -> Option<Place> {
     in_place.or_else(|| before.objects.iter().find(|other| same(other))).map(|other| other.place)
 }
 
-/// Tokens of a turn that name an object by its colour and shape.
-fn name_tokens(object: &Object, TrainingInput { text, starts, .. }: &TrainingInput, turn: Range<usize>) -> Vec<usize> {
+/// Languages that a text may be in.
+const LANGUAGES: [Language; 2] = [Language::English, Language::Chinese];
+
+/// Tokens of a part of a conversation that spell one of these phrases.
+fn tokens_of(phrases: &[String], TrainingInput { text, starts, .. }: &TrainingInput, part: Range<usize>) -> Vec<usize> {
     let end = |token: usize| starts.get(token).copied().unwrap_or(text.len());
-    let from = end(turn.start);
-    let names = [Language::English, Language::Chinese].map(|language| object.name(language));
-    let spans = names.iter().flat_map(|name| text[from..end(turn.end)].match_indices(name.as_str()));
-    let spans: Vec<Range<usize>> = spans.map(|(at, name)| from + at..from + at + name.len()).collect();
+    let from = end(part.start);
+    let spans = phrases.iter().flat_map(|phrase| text[from..end(part.end)].match_indices(phrase.as_str()));
+    let spans: Vec<Range<usize>> = spans.map(|(at, phrase)| from + at..from + at + phrase.len()).collect();
     let is_in = |&token: &usize| {
         let bytes = starts[token]..end(token + 1).max(starts[token] + 1);
         spans.iter().any(|span| bytes.start < span.end && span.start < bytes.end)
     };
-    turn.filter(is_in).collect()
+    part.filter(is_in).collect()
 }
 
 #[cfg(test)]
@@ -213,6 +234,22 @@ mod tests {
                     let from = if moved { sample.places[0][0] } else { object.place };
                     assert!(places.iter().all(|&place| place == from), "{}", input.text);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn words_that_describe_an_object_look_at_it() {
+        for (sample, input, attended) in samples(Task::Understanding, Kind::Describe) {
+            let start = first_pad(&input);
+            let scene = &sample.scenes[0];
+            assert_eq!(attended.len(), scene.objects.len(), "{}", input.text);
+            for (Attended { queries, tokens, .. }, object) in attended.iter().zip(&scene.objects) {
+                assert!(tokens.iter().all(|&token| token_places(9, 9)[token - start] == object.place));
+                assert_eq!(tokens.len(), 9);
+                let predicted: Vec<usize> = queries.iter().map(|query| query + 1).collect();
+                assert!(predicted.iter().all(|&token| input.labels[token].is_some()));
+                assert!(text_of(&input, &predicted).contains(&object.description(sample.language)), "{}", input.text);
             }
         }
     }

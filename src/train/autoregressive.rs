@@ -98,7 +98,8 @@ impl LanguageTask {
         let config = ArConfig::read(files.config())?;
         let vision_config = VisionConfig::read(files.config())?;
         let tracked = training_device(recipe, device);
-        let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
+        let options =
+            LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
         let encoder = || {
             let checkpoint = files.open_language_model()?;
             Ok::<_, TrainError>(VisionEncoder::load(&checkpoint, &vision_config, device, &options)?)

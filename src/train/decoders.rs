@@ -162,7 +162,8 @@ struct Encoded {
 impl<D: TrainedDecoder> DecoderTask<D> {
     pub(crate) fn open(recipe: &Recipe, model: &Path, device: &Device) -> Result<Self, TrainError> {
         let files = ModelFiles::find(model)?;
-        let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
+        let options =
+            LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
         let language_model = files.open_language_model()?;
         let vision_config = VisionConfig::read(files.config())?;
         let encoder = VisionEncoder::load(&language_model, &vision_config, device, &options)?;

@@ -22,7 +22,7 @@ use super::{
     sheet,
     trainer::{Losses, MicroBatch, Task},
 };
-use crate::{Error, ModelFiles};
+use crate::{ModelFiles, error::read};
 
 /// Training of the autoencoder.
 pub(crate) struct AutoencoderTask {
@@ -38,7 +38,8 @@ impl AutoencoderTask {
         let files = ModelFiles::find(model)?;
         let config = AutoencoderConfig::read_beside(&files.flux)?;
         let device = training_device(recipe, device);
-        let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true };
+        let options =
+            LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
         let module = match &recipe.initial {
             Initial::Random(weights) => initialize(Autoencoder::new(&config, &device), &AUTOENCODER, weights),
             Initial::Checkpoint | Initial::GenerationDecoder(_) => {
@@ -113,8 +114,8 @@ impl Task for AutoencoderTask {
         let latents = module.encode(Tensor::from_inner(pictures), None).inner();
         let means = latents / self.config.scale_factor + self.config.shift_factor;
         let (variance, mean) = means.reshape([-1]).var_mean_bias(0);
-        let number = |value: Tensor<1>| value.into_data().try_into_vec_as::<f32>().map(|values| f64::from(values[0]));
-        let (variance, mean) = (number(variance).map_err(Error::read)?, number(mean).map_err(Error::read)?);
+        let number = |value: Tensor<1>| read(value).map(|values| f64::from(values[0]));
+        let (variance, mean) = (number(variance)?, number(mean)?);
         let scale_factor = 1.0 / variance.max(1e-12).sqrt();
         let config = AutoencoderConfig { scale_factor, shift_factor: mean, ..self.config.clone() };
         let path = dir.join(AUTOENCODER_CONFIG_FILE);

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use nexus_data::Image;
 
 use super::TrainError;
+use crate::error::read;
 
 /// Pixels between pictures.
 const GAP_PX: usize = 4;
@@ -19,8 +20,7 @@ pub(super) fn rows(rows: &[Tensor<4>]) -> Result<Image, TrainError> {
     let mut rgb = vec![255; 3 * sheet_width * sheet_height];
     for (row, pictures) in rows.iter().enumerate() {
         for column in 0..pictures.dims()[0] {
-            let picture = pictures.clone().narrow(0, column, 1).into_data();
-            let values = picture.try_into_vec_as::<f32>().map_err(crate::Error::read)?;
+            let values = read(pictures.clone().narrow(0, column, 1))?;
             let picture = Image::from_decoded(&values, height, width)?;
             let (left, top) = (GAP_PX + column * (width + GAP_PX), GAP_PX + row * (height + GAP_PX));
             for (y, line) in picture.rgb().chunks_exact(3 * width).enumerate() {

@@ -20,6 +20,7 @@ use serde::Serialize;
 use super::{
     Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, curves, feed::Feed, workers::Workers,
 };
+use crate::error::read;
 
 /// What is trained: a module, its names, and how a batch becomes a loss.
 pub(crate) trait Task: Sync {
@@ -327,10 +328,8 @@ struct LossValues {
 
 impl LossValues {
     fn read(losses: &Losses) -> Result<Self, TrainError> {
-        let value = |loss: &Tensor<1>| {
-            let values = loss.clone().into_data().try_into_vec_as::<f32>().map_err(crate::Error::read)?;
-            Ok::<f64, TrainError>(values.first().copied().unwrap_or(f32::NAN).into())
-        };
+        let value =
+            |loss: &Tensor<1>| Ok::<f64, TrainError>(read(loss.clone())?.first().copied().unwrap_or(f32::NAN).into());
         let parts = losses.parts.iter().map(|(name, part)| Ok((*name, value(part)?)));
         Ok(Self { total: value(&losses.total)?, parts: parts.collect::<Result<_, TrainError>>()? })
     }

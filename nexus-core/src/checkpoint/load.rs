@@ -13,6 +13,7 @@ use super::report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
 use super::values::{self, NonFinite};
 use super::write::{Planned, PlannedFile, native_bool, write_planned};
 use super::{Checkpoint, TensorEntry};
+use crate::nn::Quantization;
 
 /// Dtype of the float weights after loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct LoadOptions {
     pub dtype: LoadDType,
     /// Whether to read every weight and refuse NaN and infinity, before and after conversion.
     pub check_finite: bool,
+    /// How the weights of linear layers are kept on the device, if not as floats; one tensor of extra memory at a time.
+    pub quantization: Option<Quantization>,
 }
 
 /// Names in the files and shapes of all float parameters of a module, in the module's order.
@@ -281,10 +284,15 @@ impl ModuleMapper for Loader<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(data) = self.values(Kind::Float) else { return param };
         let device = param.lazy_device();
-        let tensor = device.memory_persistent_allocations(data, |data| {
-            let dtype = data.dtype();
-            Tensor::from_data(data, (&device, dtype))
-        });
+        let dtype = data.dtype();
+        let place = |data: TensorData| Tensor::from_data(data, (&device, dtype));
+        let tensor = match self.options.quantization.filter(|_| self.path.is_linear_weight()) {
+            // The floats are not here to stay.
+            Some(quantization) => {
+                device.memory_persistent_allocations(place(data), |floats| quantization.quantize(floats))
+            }
+            None => device.memory_persistent_allocations(data, place),
+        };
         let id = param.id;
         param.transform_for_load(tensor, id)
     }

@@ -5,9 +5,9 @@ use burn::{
     tensor::{Device, Tensor, module::linear},
 };
 
-use super::{cast_like, normal_param};
+use super::{cast_like, normal_param, quantization::dequantized};
 
-/// `x Wᵀ + b` with the weight kept as the checkpoints store it, `[out, in]`, in the dtype of the file.
+/// `x Wᵀ + b` with the weight kept as the checkpoints store it, `[out, in]`, in the dtype of the file or quantised.
 #[derive(Module, Debug)]
 pub struct Linear {
     /// `[out, in]`.
@@ -36,7 +36,7 @@ impl Linear {
     /// # Panics
     /// If the last dimension of `x` is not `in`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let weight = self.weight.val();
+        let weight = dequantized(self.weight.val());
         let bias = self.bias.as_ref().map(|bias| bias.val());
         #[cfg(feature = "flex")]
         if let Some(y) = crate::kernels::linear(&x, &weight, bias.as_ref()) {

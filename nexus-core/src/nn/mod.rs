@@ -12,6 +12,7 @@ mod gated_mlp;
 mod key_value;
 mod linear;
 mod norm;
+mod quantization;
 mod rotary;
 
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
@@ -27,6 +28,7 @@ pub use gated_mlp::GatedMlp;
 pub use key_value::KeyValue;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
+pub use quantization::{Quantization, weight_bytes};
 pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
 #[cfg(all(test, feature = "flex", feature = "train"))]
 pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};

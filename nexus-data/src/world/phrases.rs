@@ -43,6 +43,11 @@ impl Object {
     pub fn name(&self, language: Language) -> String {
         noun(self, Detail::Name, language)
     }
+
+    /// Everything but its place, as descriptions and answers say it: `a large striped red circle`.
+    pub fn description(&self, language: Language) -> String {
+        one(self, Detail::Full, language)
+    }
 }
 
 /// Adjectives and noun, without an article: `small striped red circle`.

@@ -1,0 +1,158 @@
+//! Quantised weights of linear layers: floats -> small integers, with one scale for every few inputs of an output.
+
+use burn::{
+    module::{Module, ModuleVisitor, Param},
+    tensor::{
+        DType, Tensor,
+        quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype, params_shape},
+    },
+};
+use serde::{Deserialize, Serialize};
+
+/// Largest and smallest number of inputs that share a scale; the smallest fills 32 bits with weights of 4.
+const BLOCKS: [usize; 2] = [32, 8];
+
+/// How the weights of linear layers are kept on a device; they become floats again layer by layer, as they are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// 8 bits a weight, and 1 for its share of the scale.
+    Q8,
+    /// 4 bits a weight, and 1 for its share of the scale; on a CPU no fewer than with 8 bits.
+    Q4,
+}
+
+impl Quantization {
+    /// How burn keeps a weight `[out, in]`: symmetric, packed into words of 32 bits, which every device has, with an f32
+    /// scale for every 32 inputs, or for 16 or 8 if `inputs` is no multiple of 32; `None` if it is no multiple of 8.
+    pub fn scheme(self, inputs: usize) -> Option<QuantScheme> {
+        let [largest, smallest] = BLOCKS;
+        let block = 1 << inputs.trailing_zeros().min(largest.trailing_zeros());
+        let value = match self {
+            Self::Q8 => QuantValue::Q8S,
+            Self::Q4 => QuantValue::Q4S,
+        };
+        let scheme = QuantScheme::default().with_value(value).per_block([1, block as u8], ScaleDtype::F32);
+        (block >= smallest && inputs > 0).then_some(scheme)
+    }
+
+    /// A weight `[out, in]` in fewer bits; as it is if it has no scheme.
+    pub(crate) fn quantize<const D: usize>(self, weight: Tensor<D>) -> Tensor<D> {
+        match self.scheme(weight.dims()[D - 1]) {
+            Some(scheme) => weight.quantize_dynamic(&scheme),
+            None => weight,
+        }
+    }
+}
+
+/// A weight in floats, whether it was quantised or not.
+pub(crate) fn dequantized<const D: usize>(weight: Tensor<D>) -> Tensor<D> {
+    match weight.dtype() {
+        DType::QFloat(_) => weight.dequantize(),
+        _ => weight,
+    }
+}
+
+/// Bytes of the float and quantised weights of a module, scales included; lazy ones are made by this.
+pub fn weight_bytes(module: &impl Module) -> usize {
+    let mut counter = Counter(0);
+    module.visit(&mut counter);
+    counter.0
+}
+
+struct Counter(usize);
+
+impl ModuleVisitor for Counter {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let (shape, dtype) = (param.base().shape(), param.base().dtype());
+        let values = shape.num_elements();
+        self.0 += match dtype {
+            DType::QFloat(scheme) => {
+                let scales = params_shape(&shape, &scheme).num_elements();
+                // A CPU keeps one weight in a byte, however few of its bits are used.
+                let bits = if scheme.store == QuantStore::Native { 8 } else { scheme.size_bits_value() };
+                values * bits / 8 + scales * size_of::<f32>()
+            }
+            _ => values * dtype.size(),
+        };
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::module::Param;
+
+    use super::*;
+    use crate::{
+        nn::Linear,
+        testing::{cpu, device, ramp},
+    };
+
+    fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+        x.into_data().try_into_vec_as().unwrap()
+    }
+
+    #[test]
+    fn every_value_is_within_half_a_step_of_its_block() {
+        for (quantization, levels) in [(Quantization::Q8, 127.0), (Quantization::Q4, 7.0)] {
+            for (inputs, block) in [(64, 32), (96, 32), (48, 16), (40, 8)] {
+                let weight = values(ramp([6, inputs], 3));
+                // Blocks of very different sizes, one of them zero.
+                let scaled = |(index, value): (usize, f32)| value * [1.0, 1e-3, 0.0, 30.0][index / block % 4];
+                let weight: Vec<f32> = weight.into_iter().enumerate().map(scaled).collect();
+                let tensor = Tensor::<1>::from_data(weight.as_slice(), &device()).reshape([6, inputs]);
+                let quantized = quantization.quantize(tensor);
+                assert!(matches!(quantized.dtype(), DType::QFloat(_)));
+                let found = values(dequantized(quantized));
+                for (found, weight) in found.chunks(block).zip(weight.chunks(block)) {
+                    let largest = weight.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+                    let (half_step, mut exact) = (largest / levels / 2.0 * 1.01, true);
+                    for (found, weight) in found.iter().zip(weight) {
+                        assert!((found - weight).abs() <= half_step, "{found} for {weight}, half a step {half_step}");
+                        exact &= found == weight;
+                    }
+                    assert_eq!(exact, largest == 0.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_that_fill_no_words_stay_floats() {
+        for inputs in [1, 4, 12, 31] {
+            assert_eq!(Quantization::Q8.scheme(inputs), None);
+            let weight = ramp([3, inputs], 1);
+            assert_eq!(values(Quantization::Q4.quantize(weight.clone())), values(weight));
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_values_and_scales() {
+        let layer = |weight| Linear { weight: Param::from_tensor(weight), ..Linear::new(64, 12, &device()) };
+        let weight = ramp::<2>([12, 64], 5).to_device(&device());
+        assert_eq!(weight_bytes(&layer(weight.clone())), 12 * 64 * 4 + 12 * 4);
+        for (quantization, packed) in [(Quantization::Q8, 64), (Quantization::Q4, 32)] {
+            let values = if device() == cpu() { 64 } else { packed };
+            let bytes = weight_bytes(&layer(quantization.quantize(weight.clone())));
+            assert_eq!(bytes, 12 * (values + 2 * 4) + 12 * 4);
+        }
+    }
+
+    #[test]
+    fn a_layer_computes_with_what_its_weight_has_become() {
+        let layer = Linear::new(64, 12, &device());
+        let weight = ramp::<2>([12, 64], 5).to_device(&device());
+        for quantization in [Quantization::Q8, Quantization::Q4] {
+            let quantized = quantization.quantize(weight.clone());
+            let floats = Linear { weight: Param::from_tensor(dequantized(quantized.clone())), ..layer.clone() };
+            let layer = Linear { weight: Param::from_tensor(quantized), ..layer.clone() };
+            for rows in [1, 7] {
+                let x = ramp::<2>([rows, 64], 9).to_device(&device());
+                let (found, expected) = (values(layer.forward(x.clone())), values(floats.forward(x.clone())));
+                assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-4));
+                let plain = Linear { weight: Param::from_tensor(weight.clone()), ..layer.clone() };
+                assert_ne!(found, values(plain.forward(x)));
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The tests that compute on a device, on WGPU: on a GPU, or on Mesa's software driver, which root gets installed.
+#
+#   tools/gpu_tests.sh
+#
+# Left out are the tests of what is the CPU's on every device: kernels, noise, files, and runs of `train`. Without any
+# adapter it ends with 77, and nothing was tested.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+adapters() { cargo run --quiet --locked --features wgpu --example devices | grep '^wgpu'; }
+
+if ! adapters; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        { apt-get update && apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1; } > /dev/null || true
+    fi
+    if ! adapters; then
+        echo "SKIPPED: no adapter for WGPU here; mesa-vulkan-drivers and libvulkan1 would be one" >&2
+        exit 77
+    fi
+fi
+
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --test objectives --test parity \
+    --test parity_networks --test parity_sampling --test pipeline --test verify
