@@ -24,6 +24,10 @@ compare *arguments:
 fixtures:
     python tools/parity/make_fixtures.py --out .
 
+# The tests that compute on a device, on WGPU or its software driver.
+gpu-tests:
+    tools/gpu_tests.sh
+
 # Proves, measures and trains on a GPU: `just gpu-check cuda`; everything goes into gpu-report/.
 gpu-check device out="gpu-report":
     tools/gpu_check.sh {{ device }} {{ out }}

@@ -8,14 +8,11 @@ use nexus::ar::{
     ArConfig, ArModel, FinishReason, GenerateEvent, GenerateOptions, Generation, ImagePass, PositionsAfterImage,
     Prompt, Sampler, SamplingOptions, TokenIds, generate, position_ids,
 };
-use nexus::core::{
-    GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, LoadOptions},
-};
+use nexus::core::{GridThw, ImageEmbeds, checkpoint::Checkpoint};
 use nexus::vision_encoder::{VisionConfig, VisionEncoder};
 use nexus_core::testing::{
-    Fixture, assert_close, assert_close_tensors, device, fixtures_dir, ramp, random_models_dir, relative_drift,
-    tolerance,
+    Fixture, assert_close, assert_close_tensors, device, fixtures_dir, load_options, ramp, random_models_dir,
+    relative_drift, tolerance,
 };
 
 const TOLERANCE: f32 = 1e-5;
@@ -26,7 +23,7 @@ fn checkpoint() -> Checkpoint {
 
 fn model() -> ArModel {
     let config = ArConfig::read(random_models_dir().join("Nexus-GenV2/config.json")).unwrap();
-    ArModel::load(&checkpoint(), &config, &device(), &LoadOptions::default()).unwrap()
+    ArModel::load(&checkpoint(), &config, &device(), &load_options()).unwrap()
 }
 
 fn grids(fixture: &Fixture) -> Vec<GridThw> {
@@ -39,7 +36,7 @@ fn images(fixture: &Fixture) -> Vec<ImageEmbeds> {
         return vec![];
     }
     let config = VisionConfig::read(random_models_dir().join("Nexus-GenV2/config.json")).unwrap();
-    let encoder = VisionEncoder::load(&checkpoint(), &config, &device(), &LoadOptions::default()).unwrap();
+    let encoder = VisionEncoder::load(&checkpoint(), &config, &device(), &load_options()).unwrap();
     encoder.encode(fixture.tensor::<2>("in.pixel_values"), &grids(fixture)).unwrap()
 }
 

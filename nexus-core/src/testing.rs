@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, DeviceType, FloatDType, Int, Tensor, TensorData};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, LoadDType, LoadOptions};
 
 /// The CPU device of the test build, which compiles in exactly one CPU backend.
 pub fn cpu() -> Device {
@@ -20,6 +20,12 @@ pub fn device() -> Device {
         Some(_) => Device::default(),
         None => cpu(),
     }
+}
+
+/// How the parity tests load weights: as stored on the CPU, in f32 on another device, which may have no bf16.
+pub fn load_options() -> LoadOptions {
+    let dtype = if device() == cpu() { LoadDType::AsStored } else { LoadDType::Convert(FloatDType::F32) };
+    LoadOptions { dtype, ..Default::default() }
 }
 
 /// Largest accepted drift on the device of the parity tests: other devices than the CPU add in other orders and

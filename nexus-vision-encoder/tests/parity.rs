@@ -3,8 +3,8 @@
 
 use nexus_core::{
     GridThw,
-    checkpoint::{Checkpoint, LoadOptions},
-    testing::{Fixture, assert_close, assert_close_tensors, device, random_models_dir},
+    checkpoint::Checkpoint,
+    testing::{Fixture, assert_close, assert_close_tensors, device, load_options, random_models_dir},
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder, WindowLayout};
 
@@ -13,7 +13,7 @@ const TOLERANCE: f32 = 1e-5;
 fn encoder() -> VisionEncoder {
     let dir = random_models_dir().join("Nexus-GenV2");
     let config = VisionConfig::read(dir.join("config.json")).unwrap();
-    VisionEncoder::load(&Checkpoint::open(&dir).unwrap(), &config, &device(), &LoadOptions::default()).unwrap()
+    VisionEncoder::load(&Checkpoint::open(&dir).unwrap(), &config, &device(), &load_options()).unwrap()
 }
 
 fn grids(fixture: &Fixture) -> Vec<GridThw> {

@@ -79,6 +79,7 @@ impl ModuleVisitor for Counter {
 }
 
 #[cfg(all(test, feature = "flex"))]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use burn::module::Param;
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use burn::tensor::{FloatDType, Tensor};
 use nexus_core::{
-    checkpoint::{Checkpoint, LoadOptions},
-    testing::{Fixture, device, random_models_dir},
+    checkpoint::Checkpoint,
+    testing::{Fixture, device, load_options, random_models_dir},
 };
 use nexus_diffusion::{
     Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, T5Encoder,
@@ -35,27 +35,27 @@ pub fn config() -> DiffusionConfig {
 
 pub fn generation_decoder() -> GenerationDecoder {
     let weights = open(nexus().join("generation_decoder.bin"));
-    GenerationDecoder::load(&weights, &config(), &device(), &LoadOptions::default()).unwrap()
+    GenerationDecoder::load(&weights, &config(), &device(), &load_options()).unwrap()
 }
 
 pub fn editing_decoder() -> EditingDecoder {
     let weights = open(nexus().join("edit_decoder.bin"));
-    EditingDecoder::load(&weights, &config(), &device(), &LoadOptions::default()).unwrap()
+    EditingDecoder::load(&weights, &config(), &device(), &load_options()).unwrap()
 }
 
 pub fn autoencoder() -> Autoencoder {
     let config = AutoencoderConfig::read_beside(&flux()).unwrap();
-    Autoencoder::load(&open(flux().join("ae.safetensors")), &config, &device(), &LoadOptions::default()).unwrap()
+    Autoencoder::load(&open(flux().join("ae.safetensors")), &config, &device(), &load_options()).unwrap()
 }
 
 pub fn clip() -> ClipTextEncoder {
     let config = ClipConfig::read(&flux().join("text_encoder/config.json")).unwrap();
-    ClipTextEncoder::load(&open(flux().join("text_encoder")), &config, &device(), &LoadOptions::default()).unwrap()
+    ClipTextEncoder::load(&open(flux().join("text_encoder")), &config, &device(), &load_options()).unwrap()
 }
 
 pub fn t5() -> T5Encoder {
     let config = T5Config::read(&flux().join("text_encoder_2/config.json")).unwrap();
-    T5Encoder::load(&open(flux().join("text_encoder_2")), &config, &device(), &LoadOptions::default()).unwrap()
+    T5Encoder::load(&open(flux().join("text_encoder_2")), &config, &device(), &load_options()).unwrap()
 }
 
 /// Pooled vectors of the texts of the CLIP fixture: the empty text, a negative prompt, a long text.
