@@ -89,7 +89,7 @@ impl Loader {
 
     /// Keeps the linear layers of the language model and of the decoders in 8 or 4 bits, for devices with little memory.
     ///
-    /// A layer becomes floats again each time it is used, which costs time; on a CPU, where weights stay in the mapped
+    /// A layer becomes floats again each time it is used; on a CPU, where weights stay in the mapped
     /// file, it saves nothing.
     #[must_use]
     pub fn quantization(self, quantization: Quantization) -> Self {
@@ -130,7 +130,8 @@ impl Loader {
             compute: self.compute_dtype.unwrap_or(suited.compute),
         };
         precision.check(device)?;
-        let options = LoadOptions { dtype: precision.weights, check_finite: self.check_finite, quantization: None };
+        let options =
+            LoadOptions { dtype: precision.weights, check_finite: self.check_finite, quantization: self.quantization };
         let mut files = ModelFiles::find(&self.dir)?;
         if let Some(dir) = self.flux_dir {
             files.set_flux(&dir)?;
@@ -144,8 +145,7 @@ impl Loader {
             Err(ConfigError::Missing { .. }) => ChatOptions::default(),
             read => read?,
         };
-        let mut stages =
-            Stages::open(files, config, device, options, self.quantization, precision.compute, self.residency)?;
+        let mut stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
         if self.residency == Residency::KeepAll {
             stages.vision_encoder(observer)?;
             stages.ar(observer)?;

@@ -7,7 +7,6 @@ use nexus_ar::{ArConfig, ArModel};
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, check_module},
-    nn::Quantization,
 };
 use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 use nexus_diffusion::{
@@ -41,7 +40,6 @@ pub(crate) struct Stages {
     language_model: Checkpoint,
     device: Device,
     options: LoadOptions,
-    quantization: Option<Quantization>,
     residency: Residency,
     vision_encoder: Option<VisionEncoder>,
     ar: Option<ArModel>,
@@ -59,7 +57,6 @@ impl Stages {
         config: ArConfig,
         device: &Device,
         options: LoadOptions,
-        quantization: Option<Quantization>,
         compute_dtype: FloatDType,
         residency: Residency,
     ) -> Result<Self, Error> {
@@ -73,7 +70,6 @@ impl Stages {
             language_model,
             device: device.clone(),
             options,
-            quantization,
             residency,
             vision_encoder: None,
             ar: None,
@@ -89,10 +85,10 @@ impl Stages {
 
     /// Compares names, shapes and dtypes of every file that is there with the modules, without loading weights.
     fn check(&self) -> Result<(), Error> {
-        let (device, options, quantized) = (&self.device, &self.options, &self.quantized());
+        let (device, options) = (&self.device, &self.options);
         let vision_encoder = VisionEncoder::new(&self.vision_config, device);
         check_module(&vision_encoder, &self.language_model, &nexus_vision_encoder::NAMES, options)?;
-        check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, quantized)?;
+        check_module(&ArModel::new(&self.config, device)?, &self.language_model, &nexus_ar::NAMES, options)?;
         let (mut ae_config, mut clip_config, mut t5_config) = (None, None, None);
         if let Ok(path) = self.files.autoencoder() {
             let config = ae_config.insert(AutoencoderConfig::read_beside(&self.files.flux)?);
@@ -114,13 +110,13 @@ impl Stages {
             let config = self.diffusion_config(&path)?;
             fits(&config)?;
             let decoder = GenerationDecoder::new(&config, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, quantized)?;
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
         }
         if let Ok(path) = self.files.edit_decoder() {
             let config = self.diffusion_config(&path)?;
             fits(&config)?;
             let decoder = EditingDecoder::new(&config, device);
-            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, quantized)?;
+            check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
         }
         Ok(())
     }
@@ -134,9 +130,9 @@ impl Stages {
         Ok(config)
     }
 
-    /// How the large stages are loaded: the language model and the decoders.
-    fn quantized(&self) -> LoadOptions {
-        LoadOptions { quantization: self.quantization, ..self.options }
+    /// How the small stages are loaded: all but the language model and the decoders.
+    fn unquantized(&self) -> LoadOptions {
+        LoadOptions { quantization: None, ..self.options }
     }
 
     /// Frees every stage.
@@ -161,7 +157,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::VisionEncoder, observer)?;
-                VisionEncoder::load(&self.language_model, &self.vision_config, &self.device, &self.options)?
+                VisionEncoder::load(&self.language_model, &self.vision_config, &self.device, &self.unquantized())?
             }
         };
         Ok(self.vision_encoder.insert(loaded))
@@ -172,7 +168,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::Ar, observer)?;
-                ArModel::load(&self.language_model, &self.config, &self.device, &self.quantized())?
+                ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?
             }
         };
         Ok(self.ar.insert(loaded))
@@ -185,7 +181,7 @@ impl Stages {
                 let path = self.files.generation_decoder()?;
                 self.announce(Stage::GenerationDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.quantized())?
+                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
             }
         };
         Ok(self.generation_decoder.insert(loaded))
@@ -198,7 +194,7 @@ impl Stages {
                 let path = self.files.edit_decoder()?;
                 self.announce(Stage::EditingDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.quantized())?
+                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
             }
         };
         Ok(self.editing_decoder.insert(loaded))
@@ -211,7 +207,7 @@ impl Stages {
                 let path = self.files.autoencoder()?;
                 self.announce(Stage::Autoencoder, observer)?;
                 let config = AutoencoderConfig::read_beside(&self.files.flux)?;
-                Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+                Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?
             }
         };
         Ok(self.autoencoder.insert(loaded))
@@ -322,7 +318,7 @@ impl Stages {
             false => ClipTokenizer::open(self.files.clip_tokenizer()?)?.encode_padded(prompt)?,
         };
         self.announce(Stage::TextEncoders, observer)?;
-        let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.options)?;
+        let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?;
         Ok(clip.pooled(&ids, self.compute_dtype)?)
     }
 
@@ -334,7 +330,7 @@ impl Stages {
             false => T5Tokenizer::open(self.files.t5_tokenizer()?)?.encode_padded(prompt)?,
         };
         self.announce(Stage::TextEncoders, observer)?;
-        let t5 = T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.options)?;
+        let t5 = T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?;
         Ok(t5.encode(&ids, self.compute_dtype)?)
     }
 }

@@ -9,6 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# A build that fails must not look like a missing adapter.
+cargo build --quiet --locked --features wgpu --example devices
 adapters() { cargo run --quiet --locked --features wgpu --example devices | grep '^wgpu'; }
 
 if ! adapters; then

@@ -122,8 +122,13 @@ impl ImageEmbeds {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), EmbedsError> {
         let GridThw { t, h, w } = self.grid;
         let grid = TensorData::new(vec![t as i64, h as i64, w as i64], [3]);
-        let tensors = vec![("grid_thw".to_string(), grid), ("values".to_string(), self.values.to_data())];
-        Ok(write_safetensors(path.as_ref(), tensors, None)?)
+        let (path, name) = (path.as_ref(), "values".to_string());
+        let values = self.values.clone().try_into_data().map_err(|error| CheckpointError::Values {
+            path: path.to_path_buf(),
+            name: name.clone(),
+            reason: format!("cannot be read from the device: {error}"),
+        })?;
+        Ok(write_safetensors(path, vec![("grid_thw".to_string(), grid), (name, values)], None)?)
     }
 
     /// Reads what [`ImageEmbeds::save`] wrote.

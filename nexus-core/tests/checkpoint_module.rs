@@ -12,7 +12,6 @@ use nexus_core::checkpoint::{
     Checkpoint, CheckpointError, LoadDType, LoadOptions, LoadReport, Manifest, ManifestDifference, WeightNames,
     load_module, module_layout, save_module, write_safetensors,
 };
-use nexus_core::nn::{Embedding, Linear, Quantization};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -266,50 +265,6 @@ fn finds_values_that_are_not_finite() {
 }
 
 #[test]
-fn quantises_the_weights_of_linear_layers_alone() {
-    #[derive(Module, Debug)]
-    struct Layers {
-        table: Embedding,
-        linear: Linear,
-        short: Linear,
-        matrix: Param<Tensor<2>>,
-    }
-    let device = Device::default();
-    let layers = Layers {
-        table: Embedding::new(4, 64, &device),
-        linear: Linear::new(64, 6, &device),
-        short: Linear::new(7, 6, &device),
-        matrix: weight([3, 64], &device),
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("layers.safetensors");
-    save_module(&layers, &WeightNames::default(), &path, None).unwrap();
-    let checkpoint = Checkpoint::open(&path).unwrap();
-    for (quantization, tolerance) in [(Quantization::Q8, 1e-3), (Quantization::Q4, 1e-2)] {
-        let options = LoadOptions { quantization: Some(quantization), ..Default::default() };
-        let loaded = load_module(layers.clone(), &checkpoint, &WeightNames::default(), &options).unwrap();
-        let quantized = loaded.linear.weight.val();
-        let (DType::QFloat(found), scheme) = (quantized.dtype(), quantization.scheme(64).unwrap()) else {
-            panic!("{:?}", quantized.dtype());
-        };
-        assert_eq!((found.value, found.block_size()), (scheme.value, scheme.block_size()));
-        let difference = (quantized.dequantize() - layers.linear.weight.val()).abs().max().into_scalar::<f32>();
-        assert!(difference > 0.0 && difference < tolerance, "{difference}");
-        for (kept, original) in [
-            (loaded.table.weight.val(), layers.table.weight.val()),
-            (loaded.short.weight.val(), layers.short.weight.val()),
-            (loaded.matrix.val(), layers.matrix.val()),
-        ] {
-            assert_eq!(kept.into_data(), original.into_data());
-        }
-        let bias = |layers: &Layers| layers.linear.bias.as_ref().unwrap().val().into_data();
-        assert_eq!(bias(&loaded), bias(&layers));
-        let error = save_module(&loaded, &WeightNames::default(), &path, None).unwrap_err();
-        assert!(matches!(error, CheckpointError::UnsupportedDType { .. }), "{error:?}");
-    }
-}
-
-#[test]
 fn keeps_what_requires_gradients() {
     let checkpoint = written(tensors());
     let originals: Vec<_> = tensors().into_iter().map(|(_, data)| data).collect();
@@ -444,27 +399,6 @@ fn saving_a_module_fails_cleanly() {
     let module = tower(SIDES, &Device::default());
     assert!(matches!(save_module(&module, &NAMES, &path, None), Err(CheckpointError::Write { .. })));
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-}
-
-#[test]
-fn loads_into_a_quantised_module_and_refuses_to_save_one() {
-    use burn::module::Quantizer;
-    use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue};
-    #[derive(Module, Debug)]
-    struct One {
-        w: Param<Tensor<2>>,
-    }
-    let device = Device::default();
-    let scheme = QuantScheme::default().with_value(QuantValue::Q8S);
-    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
-    let module = One { w: weight([8, 32], &device) }.quantize_weights(&mut quantizer);
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("w.safetensors");
-    let saved = save_module(&module, &WeightNames::default(), &path, None);
-    assert!(matches!(saved, Err(CheckpointError::UnsupportedDType { .. })), "{saved:?}");
-    let checkpoint = written(vec![("w".to_string(), values(&[8, 32], 0))]);
-    let loaded = load_module(module, &checkpoint, &WeightNames::default(), &LoadOptions::default()).unwrap();
-    assert_eq!(loaded.w.val().into_data(), values(&[8, 32], 0));
 }
 
 #[test]

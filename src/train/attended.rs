@@ -34,29 +34,28 @@ pub(super) fn attended_tokens(
     let TrainingInput { token_ids, labels, grids, .. } = input;
     let known = scenes.len() == grids.len();
     let (mut images, mut answers, mut latest) = (grids.iter().enumerate(), places.iter(), None::<Seen<'_>>);
-    // Since the last answer.
-    let mut turn = 0;
-    let mut begun = 0;
+    // Where the latest turn of the user begins, and where the latest of the model.
+    let (mut asked, mut answered) = (0, 0);
     let mut found = Vec::new();
     for index in 1..token_ids.len() {
         let begins_answer = labels[index - 1].is_none() && labels[index].is_some();
-        if begins_answer && let (Some(places), Some(seen)) = (answers.next(), latest) {
-            found.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(places) });
+        if begins_answer {
+            answered = index;
+            if let (Some(places), Some(seen)) = (answers.next(), latest) {
+                found.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(places) });
+            }
         }
         if token_ids[index] == image_token && token_ids[index - 1] != image_token {
             let Some((number, &grid)) = images.next() else { continue };
             let drawn = Seen { start: index, grid, scene: known.then(|| &scenes[number]) };
             if labels[index].is_some() {
-                found.extend(drawn.sources(latest, input, turn..index));
+                found.extend(drawn.sources(latest, input, asked..index));
             }
             latest = Some(drawn);
         }
-        if begins_answer {
-            begun = index;
-        }
         if labels[index - 1].is_some() && labels[index].is_none() {
-            found.extend(latest.iter().flat_map(|seen| seen.described(input, begun..index)));
-            turn = index;
+            found.extend(latest.iter().flat_map(|seen| seen.described(input, answered..index)));
+            asked = index;
         }
     }
     found.retain(|attended| !attended.queries.is_empty() && !attended.tokens.is_empty());
@@ -90,13 +89,20 @@ impl Seen<'_> {
         Place::ALL.into_iter().filter_map(predicted).collect()
     }
 
-    /// For every object of this picture that an answer describes, the tokens that predict the words, and its place.
+    /// For every object of this picture that an answer describes, the tokens that predict the words, and its place;
+    /// objects that are alike share their words and their places.
     fn described(&self, input: &TrainingInput, answer: Range<usize>) -> Vec<Attended> {
-        let objects = self.scene.iter().flat_map(|scene| &scene.objects);
-        let told = objects.map(|object| {
+        let mut alike: Vec<([String; 2], Vec<Place>)> = Vec::new();
+        for object in self.scene.iter().flat_map(|scene| &scene.objects) {
             let words = LANGUAGES.map(|language| object.description(language));
+            match alike.iter_mut().find(|(others, _)| *others == words) {
+                Some((_, places)) => places.push(object.place),
+                None => alike.push((words, vec![object.place])),
+            }
+        }
+        let told = alike.into_iter().map(|(words, places)| {
             let queries = tokens_of(&words, input, answer.clone()).into_iter().map(|token| token - 1).collect();
-            Attended { sample: 0, queries, tokens: self.tokens_of(&[object.place]) }
+            Attended { sample: 0, queries, tokens: self.tokens_of(&places) }
         });
         told.collect()
     }
@@ -127,6 +133,8 @@ fn tokens_of(phrases: &[String], TrainingInput { text, starts, .. }: &TrainingIn
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use nexus_data::{
         ProcessOptions, Processor,
         world::{Kind, Sample, Split, Task, World},
@@ -174,7 +182,7 @@ mod tests {
     fn samples(task: Task, kind: Kind) -> impl Iterator<Item = (Sample, TrainingInput, Vec<Attended>)> {
         let processor = Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/Nexus-GenV2")).unwrap();
         let image = processor.tokenizer().special_tokens().image;
-        (0..40).map(move |index| {
+        (0..120).map(move |index| {
             let sample = World::new(8).sample_of(task, &[kind], Split::Train, index);
             let input = processor.training_input(&sample.messages, &ProcessOptions::default()).unwrap();
             let attended = attended_tokens(&input, &sample.places, &sample.scenes, image);
@@ -239,18 +247,25 @@ mod tests {
     }
 
     #[test]
-    fn words_that_describe_an_object_look_at_it() {
+    fn words_that_describe_objects_look_at_all_that_are_described_so() {
+        let mut alike = 0;
         for (sample, input, attended) in samples(Task::Understanding, Kind::Describe) {
-            let start = first_pad(&input);
-            let scene = &sample.scenes[0];
-            assert_eq!(attended.len(), scene.objects.len(), "{}", input.text);
-            for (Attended { queries, tokens, .. }, object) in attended.iter().zip(&scene.objects) {
-                assert!(tokens.iter().all(|&token| token_places(9, 9)[token - start] == object.place));
-                assert_eq!(tokens.len(), 9);
+            let (start, objects) = (first_pad(&input), &sample.scenes[0].objects);
+            let words = |object: &Object| object.description(sample.language);
+            let described: BTreeSet<String> = objects.iter().map(words).collect();
+            assert_eq!(attended.len(), described.len(), "{}", input.text);
+            alike += usize::from(described.len() < objects.len());
+            for Attended { queries, tokens, .. } in &attended {
                 let predicted: Vec<usize> = queries.iter().map(|query| query + 1).collect();
                 assert!(predicted.iter().all(|&token| input.labels[token].is_some()));
-                assert!(text_of(&input, &predicted).contains(&object.description(sample.language)), "{}", input.text);
+                let text = text_of(&input, &predicted);
+                let described = described.iter().find(|words| text.contains(*words)).expect("words of an object");
+                let here = objects.iter().filter(|object| words(object) == *described);
+                let expected: BTreeSet<Place> = here.map(|object| object.place).collect();
+                let found: BTreeSet<Place> = tokens.iter().map(|&token| token_places(9, 9)[token - start]).collect();
+                assert_eq!((found, tokens.len()), (expected.clone(), 9 * expected.len()), "{}", input.text);
             }
         }
+        assert!(alike > 0);
     }
 }
