@@ -86,21 +86,22 @@ fn first_metrics(recipe: &Recipe) -> Value {
 }
 
 #[test]
-fn the_language_model_resumes_with_labels_and_attention() {
+fn the_language_model_resumes_with_labels_attention_and_selection() {
     let loss = |weight: f64| {
         let weights = json!({
             "label_weight": weight, "input_label_weight": 2.0 * weight, "attention_weight": 3.0 * weight,
-            "state_layers": 1,
+            "selection_weight": 4.0 * weight, "state_layers": 0,
         });
         json!({"loss": weights})
     };
-    let recipe = |labels| recipe("autoregressive", json!("checkpoint"), world("editing"), loss(labels));
+    let lookalikes = json!({"world": {"seed": 4, "task": "editing", "kinds": ["remove"], "emphasis": "lookalikes"}});
+    let recipe = |labels| recipe("autoregressive", json!("checkpoint"), lookalikes.clone(), loss(labels));
     check_resumes(&recipe(0.5));
     let (with, without) = (first_metrics(&recipe(0.5)), first_metrics(&recipe(0.0)));
-    let parts = ["labels", "input_labels", "attention"];
-    let [labels, input_labels, attention] = parts.map(|part| with[part].as_f64().unwrap());
-    assert!(labels > 1.0 && input_labels > 1.0 && attention > 0.5, "{with}");
-    let expected = without["loss"].as_f64().unwrap() + 0.5 * labels + input_labels + 1.5 * attention;
+    let parts = ["labels", "input_labels", "attention", "selection"];
+    let [labels, input_labels, attention, selection] = parts.map(|part| with[part].as_f64().unwrap());
+    assert!(labels > 1.0 && input_labels > 1.0 && attention > 0.5 && selection > 0.2, "{with}");
+    let expected = without["loss"].as_f64().unwrap() + 0.5 * labels + input_labels + 1.5 * attention + 2.0 * selection;
     let loss = with["loss"].as_f64().unwrap();
     assert!((loss - expected).abs() < 1e-4 * expected, "{loss} {expected}");
     assert!(parts.iter().all(|&part| without.get(part).is_none()), "{without}");
@@ -108,11 +109,15 @@ fn the_language_model_resumes_with_labels_and_attention() {
 
 #[test]
 fn states_after_more_layers_than_there_are_are_refused() {
-    let loss = json!({"loss": {"input_label_weight": 1.0, "state_layers": 99}});
-    let recipe = recipe("autoregressive", json!("checkpoint"), world("editing"), loss);
-    let dir = tempfile::tempdir().unwrap();
-    let error = train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap_err().to_string();
-    assert!(error.contains("state_layers") && error.contains("99"), "{error}");
+    for (loss, needed) in
+        [("input_label_weight", "99 layers"), ("attention_weight", "100"), ("selection_weight", "101")]
+    {
+        let loss = json!({"loss": {loss: 1.0, "state_layers": 99}});
+        let recipe = recipe("autoregressive", json!("checkpoint"), world("editing"), loss);
+        let dir = tempfile::tempdir().unwrap();
+        let error = train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap_err().to_string();
+        assert!(error.contains("state_layers") && error.contains(needed), "{error}");
+    }
 }
 
 #[test]

@@ -85,7 +85,7 @@ mod tests {
     }
 
     fn states(model: &ArModel, batch: &TrainingBatch) -> Tensor<2> {
-        ArObjective::default().output(model, batch, FloatDType::F32, Some(1)).unwrap().states.unwrap()
+        ArObjective::default().output(model, batch, FloatDType::F32, 1..2).unwrap().states.remove(0)
     }
 
     fn loss(model: &ArModel, batch: &TrainingBatch, attended: &[Attended]) -> f32 {

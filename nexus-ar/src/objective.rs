@@ -1,7 +1,9 @@
 //! What the model is trained for: a batch of samples -> cross entropy of text and distance of image embeddings.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_softmax};
-use nexus_core::nn::{DecoderLayer, RotaryTable, Visibility};
+use nexus_core::nn::{RotaryTable, Visibility};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -65,8 +67,8 @@ pub struct ArOutput {
     pub loss: ArLoss,
     /// Embeddings of the answers; `None` if there is none.
     pub answers: Option<AnswerEmbeds>,
-    /// Hidden states after the first layers, if they were asked for: `[rows, hidden]` in the compute dtype.
-    pub states: Option<Tensor<2>>,
+    /// Hidden states after as many layers as were asked for, `[rows, hidden]` in the compute dtype each.
+    pub states: Vec<Tensor<2>>,
 }
 
 impl ArObjective {
@@ -80,11 +82,11 @@ impl ArObjective {
     /// Differs: the losses are computed in f32 from predictions in `dtype`; scores are computed for learned positions
     /// alone.
     pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
-        Ok(self.output(model, batch, dtype, None)?.loss)
+        Ok(self.output(model, batch, dtype, 0..0)?.loss)
     }
 
     /// The losses of a batch as [`ArObjective::loss`] computes them, the predicted embeddings, and the hidden states
-    /// after `state_layers` layers; gradients reach the model through all three.
+    /// after each number of layers in `state_layers`; gradients reach the model through all three.
     ///
     /// # Errors
     /// As [`ArObjective::loss`].
@@ -96,10 +98,10 @@ impl ArObjective {
         model: &ArModel,
         batch: &TrainingBatch,
         dtype: FloatDType,
-        state_layers: Option<usize>,
+        state_layers: Range<usize>,
     ) -> Result<ArOutput, ArError> {
         let embeds = model.embed_batch(batch, self.prefill, dtype)?;
-        let BatchStates { early, last: hidden } = model.batch_states(embeds, batch, state_layers);
+        let BatchStates { after: states, last: hidden } = model.batch_states(embeds, batch, state_layers);
         let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
@@ -120,7 +122,7 @@ impl ArObjective {
         }
         let image = (mse.clone() + cosine.clone()) * 0.5;
         let total = cross_entropy.clone() * self.token_weight + image.clone() * self.image_weight;
-        Ok(ArOutput { loss: ArLoss { total, cross_entropy, mse, cosine, image }, answers, states: early })
+        Ok(ArOutput { loss: ArLoss { total, cross_entropy, mse, cosine, image }, answers, states })
     }
 
     /// What the model predicts for the answer images of a batch, as constants: each embedding from what stands before
@@ -188,40 +190,45 @@ impl ArModel {
     /// # Panics
     /// If the embeddings are not those of the batch.
     pub fn forward_batch(&self, embeds: Tensor<2>, batch: &TrainingBatch) -> Tensor<2> {
-        self.batch_states(embeds, batch, None).last
+        self.batch_states(embeds, batch, 0..0).last
     }
 
-    /// As [`ArModel::forward_batch`], with the hidden states after `early` layers if they are asked for.
-    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, early: Option<usize>) -> BatchStates {
+    /// As [`ArModel::forward_batch`], with the hidden states after each of these numbers of layers.
+    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, wanted: Range<usize>) -> BatchStates {
         let [rows, hidden] = embeds.dims();
         assert_eq!(rows, batch.num_rows(), "rows of the batch");
-        let (first, rest) = self.model.layers.split_at(early.unwrap_or(0));
+        assert!(wanted.end <= self.model.layers.len() + 1, "layers of the model");
         let mut start = 0;
-        let groups = batch.groups.iter().map(|&Group { samples, tokens }| {
+        let (mut after, mut last) = (vec![Vec::new(); wanted.len()], Vec::new());
+        for &Group { samples, tokens } in &batch.groups {
             let rows = samples * tokens;
-            let group = embeds.clone().narrow(0, start, rows).reshape([samples, tokens, hidden]);
-            let RotaryTable { cos, sin } = self.rotary_table(&batch.positions[start..start + rows], &group);
+            let mut x = embeds.clone().narrow(0, start, rows).reshape([samples, tokens, hidden]);
+            let RotaryTable { cos, sin } = self.rotary_table(&batch.positions[start..start + rows], &x);
             let [_, _, pairs] = cos.dims();
             let shape = [samples, tokens, pairs];
             let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
             start += rows;
-            let run = |layers: &[DecoderLayer], x: Tensor<3>| {
-                layers.iter().fold(x, |x, layer| layer.forward(x, &rotary, Visibility::Causal, None))
+            let mut keep = |done: usize, x: &Tensor<3>| {
+                if wanted.contains(&done) {
+                    after[done - wanted.start].push(x.clone().reshape([rows, hidden]));
+                }
             };
-            let states = run(first, group);
-            let last = self.model.norm.forward(run(rest, states.clone()));
-            (early.map(|_| states.reshape([rows, hidden])), last.reshape([rows, hidden]))
-        });
-        let (states, last): (Vec<_>, Vec<_>) = groups.unzip();
-        let states: Option<Vec<_>> = states.into_iter().collect();
-        BatchStates { early: states.map(|states| Tensor::cat(states, 0)), last: Tensor::cat(last, 0) }
+            keep(0, &x);
+            for (index, layer) in self.model.layers.iter().enumerate() {
+                x = layer.forward(x, &rotary, Visibility::Causal, None);
+                keep(index + 1, &x);
+            }
+            last.push(self.model.norm.forward(x).reshape([rows, hidden]));
+        }
+        let after = after.into_iter().map(|groups| Tensor::cat(groups, 0)).collect();
+        BatchStates { after, last: Tensor::cat(last, 0) }
     }
 }
 
 /// Hidden states of a batch, `[rows, hidden]` each.
 struct BatchStates {
-    /// After the first layers, if they were asked for.
-    early: Option<Tensor<2>>,
+    /// After the numbers of layers that were asked for.
+    after: Vec<Tensor<2>>,
     /// After the final norm.
     last: Tensor<2>,
 }
@@ -395,31 +402,35 @@ mod tests {
     }
 
     #[test]
-    fn early_states_lead_to_the_last_and_pick_the_input_images() {
+    fn states_of_layers_lead_to_the_last_and_pick_the_input_images() {
         let (model, objective) = (model(), ArObjective::default());
         let batch = batch(vec![words(), editing(), editing()]);
-        let output = |layers| objective.output(&model, &batch, FloatDType::F32, Some(layers)).unwrap();
+        let output = |layers| objective.output(&model, &batch, FloatDType::F32, layers).unwrap();
         let loss = value(&objective.loss(&model, &batch, FloatDType::F32).unwrap().total);
         let image = editing().inputs[0].values.clone().squeeze_dim::<2>(0);
         let inputs = Tensor::cat(vec![image.clone(), image], 0);
-        assert_close_tensors(&batch.input_states(&output(0).states.unwrap()).unwrap().inner(), &inputs, 0.0);
         let layers = model.config().num_hidden_layers;
-        let moved = [1, layers].map(|layers| {
-            let output = output(layers);
-            assert_eq!(value(&output.loss.total), loss);
-            let states = batch.input_states(&output.states.unwrap()).unwrap().inner();
-            value(&(states - inputs.clone()).square().mean())
-        });
-        assert!(moved[0] > 0.0 && moved[1] > 0.0 && moved[0] != moved[1], "{moved:?}");
+        let ArOutput { loss: with_states, answers, states } = output(0..layers + 1);
+        assert_eq!((value(&with_states.total), states.len()), (loss, layers + 1));
+        let seen = |states: &Tensor<2>| batch.input_states(states).unwrap().inner();
+        assert_close_tensors(&seen(&states[0]), &inputs, 0.0);
+        let moved = |states: &Tensor<2>| value(&(seen(states) - inputs.clone()).square().mean());
+        let moved: Vec<f32> = states[1..].iter().map(moved).collect();
+        assert!(moved.iter().all(|&moved| moved > 0.0) && moved[0] != moved[1], "{moved:?}");
+        let later = output(1..3).states;
+        assert_eq!(later.len(), 2);
+        for (one, other) in later.iter().zip(&states[1..]) {
+            assert_close_tensors(&one.clone().inner(), &other.clone().inner(), 0.0);
+        }
         let target = editing().targets[0].values.clone().squeeze_dim::<2>(0);
-        let AnswerEmbeds { predicted, truth } = output(0).answers.unwrap();
+        let AnswerEmbeds { predicted, truth } = answers.unwrap();
         assert_close_tensors(&truth, &Tensor::cat(vec![target.clone(), target], 0), 0.0);
         let mse = (predicted.inner() - truth).square().mean();
-        assert_close(&mse, &[value(&output(0).loss.mse)], 1e-6);
+        assert_close(&mse, &[value(&with_states.mse)], 1e-6);
         let text = TrainingBatch::new(vec![words()], &tiny()).unwrap();
-        let output = objective.output(&model, &text, FloatDType::F32, Some(1)).unwrap();
-        assert!(output.answers.is_none() && text.input_states(&output.states.unwrap()).is_none());
-        assert!(objective.output(&model, &text, FloatDType::F32, None).unwrap().states.is_none());
+        let output = objective.output(&model, &text, FloatDType::F32, 1..2).unwrap();
+        assert!(output.answers.is_none() && text.input_states(&output.states[0]).is_none());
+        assert!(objective.output(&model, &text, FloatDType::F32, 0..0).unwrap().states.is_empty());
     }
 
     /// What the model draws from its own predictions is what it predicts when they are given as the truth.

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use nexus_data::{
     Image, Language, Message, Role,
     world::{
-        Colour, Kind, Place, Scene, Shape, Split, Task, World, changed_region, is_held_out, judge, psnr_outside,
-        read_scene,
+        Colour, Emphasis, Kind, Object, Place, Scene, Shape, Split, Task, World, changed_region, is_held_out, judge,
+        psnr_outside, read_scene,
     },
 };
 use sha2::{Digest, Sha256};
@@ -110,6 +110,39 @@ fn kinds_can_be_chosen() {
         assert!([Kind::Counting, Kind::Colours].contains(&sample.kind));
         let any = world.sample_of(Task::Generation, &[], Split::Train, index);
         assert_eq!(any, world.sample(Task::Generation, Split::Train, index));
+    }
+}
+
+#[test]
+fn samples_can_be_full_of_lookalikes() {
+    let world = World::new(14).with_emphasis(Some(Emphasis::Lookalikes));
+    let alike = |one: &Object, other: &Object| one.colour == other.colour || one.shape == other.shape;
+    for split in [Split::Train, Split::HeldOut] {
+        for index in 0..count(400) {
+            let sample = world.sample_of(Task::Editing, &[Kind::Remove, Kind::Reshape], split, index);
+            let objects = &sample.scenes[0].objects;
+            assert!(objects.len() >= 2, "{}", sample.id);
+            assert!(objects.iter().any(|one| objects.iter().all(|other| alike(one, other))), "{objects:?}");
+            let held_out = objects.iter().any(|object| is_held_out(object.colour, object.shape));
+            assert_eq!(held_out, split == Split::HeldOut, "{}", sample.id);
+        }
+    }
+    assert_ne!(world.sample(Task::Editing, Split::Train, 3), World::new(14).sample(Task::Editing, Split::Train, 3));
+    let plain = world.with_emphasis(None);
+    assert_eq!(plain.sample(Task::Editing, Split::Train, 3), World::new(14).sample(Task::Editing, Split::Train, 3));
+}
+
+#[test]
+fn samples_can_be_full_of_stacked_objects() {
+    let stacked = |scene: &Scene| scene.objects.windows(2).any(|pair| pair[0].place == pair[1].place);
+    let share = |world: World, task, kind| {
+        let shows = |index| stacked(&world.sample_of(task, &[kind], Split::Train, index).scenes[0]);
+        (0..400).filter(|&index| shows(index)).count()
+    };
+    for (task, kind) in [(Task::Understanding, Kind::Describe), (Task::Generation, Kind::Position)] {
+        let (usual, full) = (World::new(15), World::new(15).with_emphasis(Some(Emphasis::Stacked)));
+        let (few, many) = (share(usual, task, kind), share(full, task, kind));
+        assert!(few < 110 && many > 240, "{task:?}: {few} and {many} of 400");
     }
 }
 

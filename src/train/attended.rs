@@ -20,46 +20,53 @@ struct Seen<'a> {
 }
 
 /// Tokens of a conversation, sample 0, of which it is known where they should look.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Looks {
+    /// In one layer, where things are found. The token before the first of an answer looks at the places of the latest
+    /// image that the answer is about. The tokens that predict an object of a picture look at what the object comes from:
+    /// what stood in its place in the latest image, or the same object in another place of it, or else the words that name
+    /// it. The tokens that predict the words of an answer that describe an object look at its place in the latest image.
+    pub(super) attended: Vec<Attended>,
+    /// In the next layer, where what was found is used: the tokens that predict what an edit changes look at the token
+    /// before the first of the answer, and the others do not.
+    pub(super) selected: Vec<Attended>,
+}
+
+/// Where the tokens of a conversation should look.
 ///
-/// The token before the first of an answer looks at the places of the latest image that the answer is about. The tokens
-/// that predict an object of a picture look at what the object comes from: what stood in its place in the latest image,
-/// or the same object in another place of it, or else the words that name it. The tokens that predict the words of an
-/// answer that describe an object look at its place in the latest image.
-pub(super) fn attended_tokens(
-    input: &TrainingInput,
-    places: &[Vec<Place>],
-    scenes: &[Scene],
-    image_token: u32,
-) -> Vec<Attended> {
+/// `places` has what each answer is about, `scenes` what each image shows, or nothing.
+pub(super) fn looks_of(input: &TrainingInput, places: &[Vec<Place>], scenes: &[Scene], image_token: u32) -> Looks {
     let TrainingInput { token_ids, labels, grids, .. } = input;
     let known = scenes.len() == grids.len();
     let (mut images, mut answers, mut latest) = (grids.iter().enumerate(), places.iter(), None::<Seen<'_>>);
-    // Where the latest turn of the user begins, and where the latest of the model.
-    let (mut asked, mut answered) = (0, 0);
-    let mut found = Vec::new();
+    // Where the latest turn of the user begins, and where the latest of the model, with what that is about.
+    let (mut asked, mut answered, mut about) = (0, 0, &[][..]);
+    let Looks { mut attended, mut selected } = Looks::default();
     for index in 1..token_ids.len() {
         let begins_answer = labels[index - 1].is_none() && labels[index].is_some();
         if begins_answer {
             answered = index;
-            if let (Some(places), Some(seen)) = (answers.next(), latest) {
-                found.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(places) });
+            about = answers.next().map_or(&[], Vec::as_slice);
+            if let Some(seen) = latest {
+                attended.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(about) });
             }
         }
         if token_ids[index] == image_token && token_ids[index - 1] != image_token {
             let Some((number, &grid)) = images.next() else { continue };
             let drawn = Seen { start: index, grid, scene: known.then(|| &scenes[number]) };
             if labels[index].is_some() {
-                found.extend(drawn.sources(latest, input, asked..index));
+                attended.extend(drawn.sources(latest, input, asked..index));
+                selected.extend(latest.iter().flat_map(|seen| drawn.changes(*seen, about, answered - 1)));
             }
             latest = Some(drawn);
         }
         if labels[index - 1].is_some() && labels[index].is_none() {
-            found.extend(latest.iter().flat_map(|seen| seen.described(input, answered..index)));
+            attended.extend(latest.iter().flat_map(|seen| seen.described(input, answered..index)));
             asked = index;
         }
     }
-    found.retain(|attended| !attended.queries.is_empty() && !attended.tokens.is_empty());
-    found
+    attended.retain(|attended| !attended.queries.is_empty() && !attended.tokens.is_empty());
+    Looks { attended, selected }
 }
 
 impl Seen<'_> {
@@ -87,6 +94,23 @@ impl Seen<'_> {
             (!here.is_empty()).then(|| Attended { sample: 0, queries, tokens: source_of(place, &here) })
         };
         Place::ALL.into_iter().filter_map(predicted).collect()
+    }
+
+    /// For every place of this picture the tokens that predict it: those that draw what an edit of single places changes
+    /// look at the token that found these, the others at all but that token. Nothing is said of a place that an object
+    /// moves to, which is drawn from its source alone.
+    fn changes(&self, before: Self, about: &[Place], finder: usize) -> Vec<Attended> {
+        let (Some(scene), Some(before), false) = (self.scene, before.scene, about.is_empty()) else { return vec![] };
+        let is_taken = |scene: &Scene, place: Place| scene.objects.iter().any(|object| object.place == place);
+        let said = |place: &Place| about.contains(place) || !is_taken(scene, *place) || is_taken(before, *place);
+        let looks = |place: Place| {
+            let queries: Vec<usize> = self.tokens_of(&[place]).into_iter().map(|token| token - 1).collect();
+            let last = queries.iter().max().map_or(0, |query| query + 1);
+            let others = || (0..last).filter(|&token| token != finder).collect();
+            let tokens = if about.contains(&place) { vec![finder] } else { others() };
+            Attended { sample: 0, queries, tokens }
+        };
+        Place::ALL.into_iter().filter(said).map(looks).collect()
     }
 
     /// For every object of this picture that an answer describes, the tokens that predict the words, and its place;
@@ -174,19 +198,19 @@ mod tests {
         let drawn = starts[2] + 2;
         let expected = [(starts[0], vec![2, 7]), (starts[2], vec![10]), (starts[3], vec![drawn + 2])];
         let expected = expected.map(|(query, tokens)| Attended { sample: 0, queries: vec![query], tokens });
-        assert_eq!(attended_tokens(&input, &places, &[], IMAGE), expected);
-        assert!(attended_tokens(&input, &[], &[], IMAGE).is_empty());
+        assert_eq!(looks_of(&input, &places, &[], IMAGE), Looks { attended: expected.to_vec(), selected: vec![] });
+        assert_eq!(looks_of(&input, &[], &[], IMAGE), Looks::default());
     }
 
-    /// Samples of a kind with what they attend to.
-    fn samples(task: Task, kind: Kind) -> impl Iterator<Item = (Sample, TrainingInput, Vec<Attended>)> {
+    /// Samples of a kind with where they look.
+    fn samples(task: Task, kind: Kind) -> impl Iterator<Item = (Sample, TrainingInput, Looks)> {
         let processor = Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/Nexus-GenV2")).unwrap();
         let image = processor.tokenizer().special_tokens().image;
         (0..120).map(move |index| {
             let sample = World::new(8).sample_of(task, &[kind], Split::Train, index);
             let input = processor.training_input(&sample.messages, &ProcessOptions::default()).unwrap();
-            let attended = attended_tokens(&input, &sample.places, &sample.scenes, image);
-            (sample, input, attended)
+            let looks = looks_of(&input, &sample.places, &sample.scenes, image);
+            (sample, input, looks)
         })
     }
 
@@ -203,7 +227,8 @@ mod tests {
     #[test]
     fn what_is_drawn_looks_at_the_words_that_name_it() {
         for kind in Task::Generation.kinds() {
-            for (sample, input, attended) in samples(Task::Generation, *kind) {
+            for (sample, input, Looks { attended, selected }) in samples(Task::Generation, *kind) {
+                assert!(selected.is_empty());
                 let first = input.labels.iter().position(Option::is_some).unwrap();
                 let image = first_pad(&input);
                 let mut places: Vec<Place> = sample.scenes[0].objects.iter().map(|object| object.place).collect();
@@ -226,7 +251,7 @@ mod tests {
     #[test]
     fn what_an_edit_leaves_or_changes_looks_at_what_it_was() {
         for kind in [Kind::Move, Kind::Recolour, Kind::Background, Kind::Add] {
-            for (sample, input, attended) in samples(Task::Editing, kind) {
+            for (sample, input, Looks { attended, .. }) in samples(Task::Editing, kind) {
                 let [before, after] = &sample.scenes[..] else { panic!("two scenes") };
                 let place_of = |token: usize| token_places(9, 9)[token - first_pad(&input)];
                 let drawn = attended.iter().filter(|attended| attended.queries.len() > 1);
@@ -247,9 +272,39 @@ mod tests {
     }
 
     #[test]
+    fn what_an_edit_changes_looks_at_what_found_it_and_nothing_else_does() {
+        for kind in [Kind::Remove, Kind::Move, Kind::Reshape, Kind::Add, Kind::Background] {
+            for (sample, input, Looks { selected, .. }) in samples(Task::Editing, kind) {
+                let ([before, after], about) = (&sample.scenes[..], &sample.places[0]) else { panic!("two scenes") };
+                if about.is_empty() {
+                    assert!(selected.is_empty() && [Kind::Background, Kind::Restyle].contains(&sample.kind));
+                    continue;
+                }
+                let finder = input.labels.iter().position(Option::is_some).unwrap() - 1;
+                let image = input.text.rfind("<|vision_start|>").unwrap();
+                let boi = input.starts.iter().position(|&start| start == image).unwrap();
+                let mut unsaid = Place::ALL.to_vec();
+                for Attended { queries, tokens, .. } in selected {
+                    assert_eq!(queries.len(), 9);
+                    let places: BTreeSet<Place> = queries.iter().map(|query| token_places(9, 9)[query - boi]).collect();
+                    let [place] = Vec::from_iter(places)[..] else { panic!("one place") };
+                    unsaid.retain(|other| *other != place);
+                    match about.contains(&place) {
+                        true => assert_eq!(tokens, [finder]),
+                        false => assert!(!tokens.contains(&finder) && tokens.len() == queries[8]),
+                    }
+                }
+                let moved = |object: &&Object| sample.kind == Kind::Move && !before.objects.contains(object);
+                let to: Vec<Place> = after.objects.iter().filter(moved).map(|object| object.place).collect();
+                assert_eq!(unsaid, to, "{}", input.text);
+            }
+        }
+    }
+
+    #[test]
     fn words_that_describe_objects_look_at_all_that_are_described_so() {
         let mut alike = 0;
-        for (sample, input, attended) in samples(Task::Understanding, Kind::Describe) {
+        for (sample, input, Looks { attended, .. }) in samples(Task::Understanding, Kind::Describe) {
             let (start, objects) = (first_pad(&input), &sample.scenes[0].objects);
             let words = |object: &Object| object.description(sample.language);
             let described: BTreeSet<String> = objects.iter().map(words).collect();

@@ -23,7 +23,7 @@ use nexus_vision_encoder::{
 
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
-    attended::attended_tokens,
+    attended::{Looks, looks_of},
     feed::Conversation,
     labels::{STATE_CLASSES, Shown},
     trainer::{Losses, MicroBatch, Task},
@@ -61,7 +61,7 @@ struct KnownSample {
     /// What its images show, inputs before answers.
     shown: Vec<Option<Scene>>,
     /// Tokens of which it is known where they should look.
-    attended: Vec<Attended>,
+    looks: Looks,
 }
 
 /// A conversation as tokens and pixels, and what is known of it.
@@ -108,8 +108,8 @@ impl LanguageTask {
         let learns = |weight: fn(&LossRecipe) -> f64| {
             recipe.stages.iter().map(|stage| &stage.loss).any(|loss| weight(loss) > 0.0)
         };
-        for loss in recipe.stages.iter().map(|stage| &stage.loss).filter(|loss| loss.reads_states()) {
-            let layers = loss.state_layers + usize::from(loss.attention_weight > 0.0);
+        for loss in recipe.stages.iter().map(|stage| &stage.loss).filter(|loss| !loss.states_read().is_empty()) {
+            let layers = loss.layers_needed();
             if layers > config.num_hidden_layers {
                 let reason = format!("{layers} layers are needed, the model has {}", config.num_hidden_layers);
                 return Err(ConfigError::incoherent("state_layers", reason).into());
@@ -195,12 +195,12 @@ impl LanguageTask {
         };
         let image_token = self.module.ar.config().token_ids.image_token_id;
         let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places })| {
-            let attended = attended_tokens(&input, &places, &scenes, image_token);
+            let looks = looks_of(&input, &places, &scenes, image_token);
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let shown = Shown::scenes_of(scenes, input_images.len() + answer_images.len());
             let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
             let sample = TrainingSample { token_ids, labels, inputs, targets };
-            Ok::<_, TrainError>((number, KnownSample { sample, shown, attended }))
+            Ok::<_, TrainError>((number, KnownSample { sample, shown, looks }))
         });
         for encoded in encoded {
             let (number, sample) = encoded?;
@@ -244,7 +244,7 @@ impl LanguageTask {
             let inputs = images.by_ref().take(num_inputs).collect();
             let targets = images.by_ref().take(num_answers).collect();
             let sample = TrainingSample { token_ids, labels, inputs, targets };
-            KnownSample { sample, shown, attended: vec![] }
+            KnownSample { sample, shown, looks: Looks::default() }
         });
         Ok((samples.collect(), seen))
     }
@@ -349,14 +349,13 @@ impl Task for LanguageTask {
         // Neighbours of about the same length need less padding.
         samples.sort_by_key(|known| known.sample.token_ids.len());
         let (inputs, answers) = inputs_and_answers(&samples);
-        let attended = attended(&mut samples);
+        let Looks { attended, selected } = looks(&mut samples);
         let samples = samples.into_iter().map(|known| known.sample).collect();
         let batch = TrainingBatch::new(samples, module.ar.config())?;
-        let LossRecipe { token_weight, image_weight, prefill, state_layers, .. } = stage.loss;
+        let LossRecipe { token_weight, image_weight, prefill, state_layers: layer, .. } = stage.loss;
         let objective = ArObjective { token_weight, image_weight, prefill };
-        let layers = stage.loss.reads_states().then_some(state_layers);
         let ArOutput { loss, answers: embeds, states } =
-            objective.output(&module.ar, &batch, compute_dtype(stage), layers)?;
+            objective.output(&module.ar, &batch, compute_dtype(stage), stage.loss.states_read())?;
         let mut losses = Losses {
             total: loss.total,
             parts: vec![
@@ -366,14 +365,18 @@ impl Task for LanguageTask {
                 ("cosine", loss.cosine),
             ],
         };
-        if let Some(states) = states {
-            if let (Some(head), Some(states)) = (&module.input_label_head, batch.input_states(&states)) {
+        if let Some(states) = states.first() {
+            if let (Some(head), Some(states)) = (&module.input_label_head, batch.input_states(states)) {
                 losses.add("input_labels", stage.loss.input_label_weight, inputs.label_and_place_loss(head, states));
             }
             if stage.loss.attention_weight > 0.0 {
-                let attention = module.ar.attention_loss(&states, &batch, state_layers, &attended);
+                let attention = module.ar.attention_loss(states, &batch, layer, &attended);
                 losses.add("attention", stage.loss.attention_weight, attention);
             }
+        }
+        if let Some(states) = states.get(1) {
+            let selection = module.ar.attention_loss(states, &batch, layer + 1, &selected);
+            losses.add("selection", stage.loss.selection_weight, selection);
         }
         match (seen, embeds) {
             (Some(seen), _) => {
@@ -402,12 +405,14 @@ impl Task for LanguageTask {
 }
 
 /// Where the tokens of samples should look, in the order of the samples.
-fn attended(samples: &mut [KnownSample]) -> Vec<Attended> {
-    let of_sample = |(sample, known): (usize, &mut KnownSample)| {
-        let attended = std::mem::take(&mut known.attended).into_iter();
-        attended.map(move |attended| Attended { sample, ..attended })
-    };
-    samples.iter_mut().enumerate().flat_map(of_sample).collect()
+fn looks(samples: &mut [KnownSample]) -> Looks {
+    let mut all = Looks::default();
+    for (sample, known) in samples.iter_mut().enumerate() {
+        let Looks { attended, selected } = std::mem::take(&mut known.looks);
+        all.attended.extend(attended.into_iter().map(|attended| Attended { sample, ..attended }));
+        all.selected.extend(selected.into_iter().map(|attended| Attended { sample, ..attended }));
+    }
+    all
 }
 
 /// Images of samples that are given and those that are answers, in order.

@@ -41,8 +41,9 @@ impl Feed {
         rejected: u64,
     ) -> Result<Self, TrainError> {
         let sources = stage.data.iter().map(|data| match &data.source {
-            Source::World { seed, task, kinds } => {
-                Ok(OpenSource::World { world: World::new(*seed), task: *task, kinds: kinds.clone() })
+            Source::World { seed, task, kinds, emphasis } => {
+                let world = World::new(*seed).with_emphasis(*emphasis);
+                Ok(OpenSource::World { world, task: *task, kinds: kinds.clone() })
             }
             Source::Messages { path } => Ok(OpenSource::Messages(MessagesFile::open(path)?)),
         });

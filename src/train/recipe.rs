@@ -1,6 +1,9 @@
 //! Recipes: one JSON file -> what is trained, from what, on which data, in which stages.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use nexus_core::{
     config::{ConfigError, read_json},
@@ -162,6 +165,9 @@ pub enum Source {
         /// Kinds of samples within the task; all if empty.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         kinds: Vec<world::Kind>,
+        /// What the samples are full of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        emphasis: Option<world::Emphasis>,
     },
     /// A JSON-lines file of conversations; a relative path is looked for beside the recipe.
     Messages {
@@ -215,6 +221,9 @@ pub struct LossRecipe {
     /// Autoregressive: attention of the first token of an answer to what is asked about, where the source knows it, in the
     /// layer that takes those hidden states.
     pub attention_weight: f64,
+    /// Autoregressive: attention of the tokens that draw what an edit changes, and of no others, to that first token, in
+    /// the layer after it.
+    pub selection_weight: f64,
     /// Autoregressive: number of layers after which those hidden states are read.
     pub state_layers: usize,
     /// Vision encoder: noise on the embeddings before reconstruction and labels, relative to their size.
@@ -226,9 +235,16 @@ pub struct LossRecipe {
 }
 
 impl LossRecipe {
-    /// Whether there is a loss of hidden states.
-    pub(crate) fn reads_states(&self) -> bool {
-        self.input_label_weight > 0.0 || self.attention_weight > 0.0
+    /// Numbers of layers after which losses read the hidden states.
+    pub(crate) fn states_read(&self) -> Range<usize> {
+        let first = self.input_label_weight > 0.0 || self.attention_weight > 0.0;
+        let count = if self.selection_weight > 0.0 { 2 } else { usize::from(first) };
+        self.state_layers..self.state_layers + count
+    }
+
+    /// Number of layers that the losses need.
+    pub(crate) fn layers_needed(&self) -> usize {
+        self.states_read().end - usize::from(self.attention_weight == 0.0 && self.selection_weight == 0.0)
     }
 }
 
@@ -242,6 +258,7 @@ impl Default for LossRecipe {
             label_weight: 0.0,
             input_label_weight: 0.0,
             attention_weight: 0.0,
+            selection_weight: 0.0,
             state_layers: 2,
             embeds_noise: 0.2,
             gradient_weight: 1.0,
@@ -386,12 +403,13 @@ impl StageRecipe {
             return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
-        let LossRecipe { label_weight, input_label_weight, attention_weight, .. } = self.loss;
+        let LossRecipe { label_weight, input_label_weight, attention_weight, selection_weight, .. } = self.loss;
         let language_model = [TrainedPart::VisionEncoder, TrainedPart::Autoregressive];
         for (field, weight, parts) in [
             ("label_weight", label_weight, &language_model[..]),
             ("input_label_weight", input_label_weight, &language_model[1..]),
             ("attention_weight", attention_weight, &language_model[1..]),
+            ("selection_weight", selection_weight, &language_model[1..]),
         ] {
             if weight > 0.0 && !parts.contains(&part) {
                 return wrong(field, format!("has no meaning for {part:?}"));

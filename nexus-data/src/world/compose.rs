@@ -1,9 +1,9 @@
 //! Composing scenes: choices -> scenes with a phrase that determines them, and canonical layouts.
 
-use super::Kind;
 use super::draws::Draws;
 use super::phrases::{Detail, description, list, one, placed, prompt, several};
 use super::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, either, is_held_out};
+use super::{Emphasis, Kind, Split};
 use crate::Language;
 
 /// Places of so many objects of which nothing is said, in the order in which they are named.
@@ -18,28 +18,40 @@ pub fn canonical_places(count: usize) -> &'static [Place] {
     PLACES[count.min(4)]
 }
 
-/// Which pairs of colour and shape may occur.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pairs {
-    /// Those of training.
-    Seen,
-    /// The first is one that training has not, the others any.
-    FirstHeldOut,
+/// What scenes are composed by.
+#[derive(Clone, Copy)]
+pub(super) struct Rules {
+    /// [`Split::HeldOut`]: the first pair of colour and shape is one that training has not, the others any.
+    pub(super) split: Split,
+    pub(super) emphasis: Option<Emphasis>,
+}
+
+impl Rules {
+    /// Whether this is what the samples are to be full of.
+    pub(super) fn emphasise(self, emphasis: Emphasis) -> bool {
+        self.emphasis == Some(emphasis)
+    }
+}
+
+/// All pairs of colour and shape that are held out, or all others.
+pub(super) fn all_pairs(held_out: bool) -> Vec<(Colour, Shape)> {
+    let all = Colour::ALL.into_iter().flat_map(|colour| Shape::ALL.map(|shape| (colour, shape)));
+    all.filter(|&(colour, shape)| is_held_out(colour, shape) == held_out).collect()
 }
 
 /// Distinct pairs of colour and shape.
-pub(super) fn pairs(count: usize, allowed: Pairs, draws: &mut Draws) -> Vec<(Colour, Shape)> {
-    let all = || Colour::ALL.into_iter().flat_map(|colour| Shape::ALL.map(|shape| (colour, shape)));
-    let held_out: Vec<_> = all().filter(|&(colour, shape)| is_held_out(colour, shape)).collect();
-    let seen: Vec<_> = all().filter(|&(colour, shape)| !is_held_out(colour, shape)).collect();
-    match allowed {
-        Pairs::Seen => draws.some(&seen, count),
-        Pairs::FirstHeldOut => {
-            let mut pairs = draws.some(&held_out, 1);
-            pairs.extend(draws.some(&seen, count - 1));
-            pairs
-        }
+pub(super) fn pairs(count: usize, rules: Rules, draws: &mut Draws) -> Vec<(Colour, Shape)> {
+    let mut seen = all_pairs(false);
+    let mut pairs = match rules.split {
+        Split::Train => draws.some(&seen, if rules.emphasise(Emphasis::Lookalikes) { 1 } else { count }),
+        Split::HeldOut => draws.some(&all_pairs(true), 1),
+    };
+    if rules.emphasise(Emphasis::Lookalikes) {
+        let (colour, shape) = pairs[0];
+        seen.retain(|other| *other != pairs[0] && (other.0 == colour || other.1 == shape));
     }
+    pairs.extend(draws.some(&seen, count - pairs.len()));
+    pairs
 }
 
 /// A large solid object in the middle.
@@ -55,15 +67,15 @@ pub(super) fn surroundings(draws: &mut Draws) -> (Background, Style) {
 }
 
 /// A scene of one to four objects with any sizes, textures and places, now and then with one on top of another.
-pub(super) fn free_scene(count: usize, allowed: Pairs, draws: &mut Draws) -> Scene {
+pub(super) fn free_scene(count: usize, rules: Rules, draws: &mut Draws) -> Scene {
     let places = draws.some(&Place::ALL, count);
-    let objects = pairs(count, allowed, draws).into_iter().zip(places).map(|(pair, place)| {
+    let objects = pairs(count, rules, draws).into_iter().zip(places).map(|(pair, place)| {
         let size = if draws.percent(35) { Size::Small } else { Size::Large };
         let texture = if draws.percent(20) { Texture::Striped } else { Texture::Solid };
         Object { size, texture, place, ..usual(pair) }
     });
     let mut objects: Vec<Object> = objects.collect();
-    if count >= 2 && draws.percent(12) {
+    if count >= 2 && (draws.percent(12) || rules.emphasise(Emphasis::Stacked)) {
         let place = objects[0].place;
         objects[0] = Object { size: Size::Large, texture: Texture::Solid, ..objects[0] };
         objects[1] = Object { size: Size::Small, texture: Texture::Solid, place, ..objects[1] };
@@ -77,17 +89,17 @@ pub(super) fn free_scene(count: usize, allowed: Pairs, draws: &mut Draws) -> Sce
 }
 
 /// A scene and a prompt that determines it.
-pub(super) fn generation(kind: Kind, language: Language, allowed: Pairs, draws: &mut Draws) -> (String, Scene) {
+pub(super) fn generation(kind: Kind, language: Language, rules: Rules, draws: &mut Draws) -> (String, Scene) {
     let (background, style) = surroundings(draws);
     let mut scene = Scene { background, style, objects: vec![] };
     if draws.percent(12) && kind == Kind::Position {
         let count = 1 + draws.below(3);
-        let scene = free_scene(count, allowed, draws);
+        let scene = free_scene(count, rules, draws);
         return (description(&scene, language), scene);
     }
     let content = match kind {
         Kind::SingleObject => {
-            let mut object = usual(pairs(1, allowed, draws)[0]);
+            let mut object = usual(pairs(1, rules, draws)[0]);
             if draws.percent(25) {
                 object.size = Size::Small;
             }
@@ -99,7 +111,7 @@ pub(super) fn generation(kind: Kind, language: Language, allowed: Pairs, draws: 
         }
         Kind::Counting => {
             let count = 2 + draws.below(3);
-            let mut object = usual(pairs(1, allowed, draws)[0]);
+            let mut object = usual(pairs(1, rules, draws)[0]);
             if draws.percent(25) {
                 object.size = Size::Small;
             }
@@ -109,10 +121,10 @@ pub(super) fn generation(kind: Kind, language: Language, allowed: Pairs, draws: 
         }
         Kind::Colours => {
             let count = 3 + draws.below(2);
-            row(&mut scene, pairs(count, allowed, draws).into_iter().map(usual).collect(), language)
+            row(&mut scene, pairs(count, rules, draws).into_iter().map(usual).collect(), language)
         }
         Kind::AttributeBinding => {
-            let mut objects: Vec<Object> = pairs(2, allowed, draws).into_iter().map(usual).collect();
+            let mut objects: Vec<Object> = pairs(2, rules, draws).into_iter().map(usual).collect();
             let small = draws.below(2);
             objects[small].size = Size::Small;
             if draws.percent(50) {
@@ -126,8 +138,8 @@ pub(super) fn generation(kind: Kind, language: Language, allowed: Pairs, draws: 
             let phrases: Vec<String> = objects.iter().map(|object| one(object, Detail::Full, language)).collect();
             list(&phrases, language)
         }
-        Kind::Position => position(&mut scene, allowed, language, draws),
-        _ => row(&mut scene, pairs(2, allowed, draws).into_iter().map(usual).collect(), language),
+        Kind::Position => position(&mut scene, rules, language, draws),
+        _ => row(&mut scene, pairs(2, rules, draws).into_iter().map(usual).collect(), language),
     };
     (prompt(&content, &scene, language, draws), scene.sorted())
 }
@@ -141,15 +153,15 @@ fn row(scene: &mut Scene, objects: Vec<Object>, language: Language) -> String {
 }
 
 /// Objects whose places are said, one by one or by how they stand to each other.
-fn position(scene: &mut Scene, allowed: Pairs, language: Language, draws: &mut Draws) -> String {
-    let mut objects: Vec<Object> = pairs(2, allowed, draws).into_iter().map(usual).collect();
+fn position(scene: &mut Scene, rules: Rules, language: Language, draws: &mut Draws) -> String {
+    let mut objects: Vec<Object> = pairs(2, rules, draws).into_iter().map(usual).collect();
     if draws.percent(50) {
         objects.swap(0, 1);
     }
-    match draws.below(4) {
+    match if rules.emphasise(Emphasis::Stacked) { 3 } else { draws.below(4) } {
         0 => {
             let places = draws.some(&Place::ALL, 2);
-            let first = if allowed == Pairs::FirstHeldOut {
+            let first = if rules.split == Split::HeldOut {
                 objects.iter().position(|object| is_held_out(object.colour, object.shape)).unwrap_or(0)
             } else {
                 0

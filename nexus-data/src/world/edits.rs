@@ -1,11 +1,11 @@
 //! Changes of scenes: a scene -> an instruction and the scene after it.
 
-use super::Kind;
-use super::compose::{Pairs, pairs, usual};
+use super::compose::{Rules, all_pairs, pairs, usual};
 use super::draws::Draws;
 use super::phrases::{Detail, at, in_place, noun, one, the};
 use super::questions::unique;
 use super::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, either, is_held_out};
+use super::{Emphasis, Kind};
 use crate::Language;
 
 /// Instructions of one kind; `{}` is the object, `{to}` what becomes of it.
@@ -85,10 +85,10 @@ const FLATTEN: Forms = [
 ];
 
 /// A scene that can be changed: objects of different names, none on another, and a free place.
-pub(super) fn scene(allowed: Pairs, draws: &mut Draws) -> Scene {
-    let count = 1 + draws.below(3);
+pub(super) fn scene(rules: Rules, draws: &mut Draws) -> Scene {
+    let count = if rules.emphasise(Emphasis::Lookalikes) { 2 + draws.below(2) } else { 1 + draws.below(3) };
     let places = draws.some(&Place::ALL, count);
-    let objects = pairs(count, allowed, draws).into_iter().zip(places).map(|(pair, place)| {
+    let objects = pairs(count, rules, draws).into_iter().zip(places).map(|(pair, place)| {
         let size = if draws.percent(35) { Size::Small } else { Size::Large };
         let texture = if draws.percent(15) { Texture::Striped } else { Texture::Solid };
         Object { size, texture, place, ..usual(pair) }
@@ -130,7 +130,7 @@ pub(super) fn change(kind: Kind, before: &Scene, language: Language, draws: &mut
     let kind = if kind == Kind::Remove && before.objects.len() == 1 { Kind::Recolour } else { kind };
     let instruction = match kind {
         Kind::Add => {
-            let pair = pairs(8, Pairs::Seen, draws).into_iter().find(|&(colour, shape)| !others(colour, shape));
+            let pair = draws.some(&all_pairs(false), 8).into_iter().find(|&(colour, shape)| !others(colour, shape));
             let mut added = usual(pair.unwrap_or((Colour::Red, Shape::Circle)));
             added.place = draws.one(&free);
             if draws.percent(30) {

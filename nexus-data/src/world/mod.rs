@@ -27,7 +27,7 @@ mod scene;
 
 use serde::{Deserialize, Serialize};
 
-use self::compose::Pairs;
+use self::compose::Rules;
 use self::draws::Draws;
 use self::edits::Change;
 use self::questions::Asked;
@@ -170,6 +170,18 @@ pub struct Sample {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct World {
     seed: u64,
+    emphasis: Option<Emphasis>,
+}
+
+/// What the samples of a world can be full of, because models find it hard and it is rare otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Emphasis {
+    /// Objects that share their colour or their shape with the first one of their scene, in scenes of several objects and
+    /// in edits of at least two.
+    Lookalikes,
+    /// Objects on top of others: in questions about pictures of several objects, and in prompts of [`Kind::Position`].
+    Stacked,
 }
 
 /// Questions of a sample of several about one picture.
@@ -185,7 +197,12 @@ const CHINESE_PERCENT: usize = 25;
 impl World {
     /// The world of a seed.
     pub fn new(seed: u64) -> Self {
-        Self { seed }
+        Self { seed, emphasis: None }
+    }
+
+    /// The same world with samples that are full of something; the usual ones without.
+    pub fn with_emphasis(self, emphasis: Option<Emphasis>) -> Self {
+        Self { emphasis, ..self }
     }
 
     /// One of its samples.
@@ -200,32 +217,29 @@ impl World {
         let mut draws = Draws::new(self.seed, 16 * (task as u64 + 1) + split as u64, index);
         let mut kind = draws.one(if kinds.is_empty() { task.kinds() } else { kinds });
         let language = if draws.percent(CHINESE_PERCENT) { Language::Chinese } else { Language::English };
-        let pairs = match split {
-            Split::Train => Pairs::Seen,
-            Split::HeldOut => Pairs::FirstHeldOut,
-        };
+        let rules = Rules { split, emphasis: self.emphasis };
         let mut conversation = Conversation::default();
         let prompt = match (task, kind) {
-            (Task::Understanding, _) => conversation.question(&mut kind, language, pairs, &mut draws),
-            (Task::Generation, _) => conversation.generation(kind, language, pairs, &mut draws),
+            (Task::Understanding, _) => conversation.question(&mut kind, language, rules, &mut draws),
+            (Task::Generation, _) => conversation.generation(kind, language, rules, &mut draws),
             (Task::MultiTurn, asked) if asked == Kind::Questions || SHORT_ANSWERS.contains(&asked) => {
                 let kinds = if asked == Kind::Questions { SHORT_ANSWERS } else { std::slice::from_ref(&asked) };
-                let prompt = conversation.question(&mut draws.one(kinds), language, pairs, &mut draws);
+                let prompt = conversation.question(&mut draws.one(kinds), language, rules, &mut draws);
                 for _ in 1..QUESTIONS {
                     conversation.question_about_last(draws.one(kinds), language, &mut draws);
                 }
                 prompt
             }
-            (Task::Reconstruction, _) => conversation.reconstruction(language, pairs, &mut draws),
+            (Task::Reconstruction, _) => conversation.reconstruction(language, rules, &mut draws),
             (Task::MultiTurn, Kind::GenerateThenUnderstand) => {
                 let drawn = draws.one(Task::Generation.kinds());
-                let prompt = conversation.generation(drawn, language, pairs, &mut draws);
+                let prompt = conversation.generation(drawn, language, rules, &mut draws);
                 conversation.question_about_last(draws.one(Task::Understanding.kinds()), language, &mut draws);
                 prompt
             }
             _ => {
                 let mut first = if task == Task::Editing { kind } else { draws.one(Task::Editing.kinds()) };
-                let prompt = conversation.edit(&mut first, language, pairs, &mut draws);
+                let prompt = conversation.edit(&mut first, language, rules, &mut draws);
                 if task == Task::Editing {
                     kind = first;
                 } else {
@@ -249,8 +263,8 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn question(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
-        let scene = questions::scene(pairs, draws);
+    fn question(&mut self, kind: &mut Kind, language: Language, rules: Rules, draws: &mut Draws) -> String {
+        let scene = questions::scene(rules, draws);
         let Asked { kind: asked, question, answer, places } = questions::ask(*kind, &scene, language, draws);
         *kind = asked;
         // Pictures of other sources are never quite clean.
@@ -271,8 +285,8 @@ impl Conversation {
         self.messages.push(Message::assistant().with_text(answer));
     }
 
-    fn generation(&mut self, kind: Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
-        let (prompt, scene) = compose::generation(kind, language, pairs, draws);
+    fn generation(&mut self, kind: Kind, language: Language, rules: Rules, draws: &mut Draws) -> String {
+        let (prompt, scene) = compose::generation(kind, language, rules, draws);
         // A prompt of the world is never empty, which is all that can be wrong with one.
         let asked = generation_prompt(&prompt, language).unwrap_or_else(|_| prompt.clone());
         self.messages.push(Message::text(asked));
@@ -280,8 +294,8 @@ impl Conversation {
         prompt
     }
 
-    fn reconstruction(&mut self, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
-        let scene = compose::free_scene(Place::ALL.len(), pairs, draws);
+    fn reconstruction(&mut self, language: Language, rules: Rules, draws: &mut Draws) -> String {
+        let scene = compose::free_scene(Place::ALL.len(), rules, draws);
         let asked = either(language, "Draw this picture again.", "请重画这张图。").to_string();
         self.messages.push(Message::user().with_image(scene.render()).with_text(asked.clone()));
         self.scenes.push(scene.clone());
@@ -289,8 +303,8 @@ impl Conversation {
         asked
     }
 
-    fn edit(&mut self, kind: &mut Kind, language: Language, pairs: Pairs, draws: &mut Draws) -> String {
-        let before = edits::scene(pairs, draws);
+    fn edit(&mut self, kind: &mut Kind, language: Language, rules: Rules, draws: &mut Draws) -> String {
+        let before = edits::scene(rules, draws);
         let Change { kind: changed, instruction, after } = edits::change(*kind, &before, language, draws);
         *kind = changed;
         let asked = edit_prompt(&instruction).unwrap_or_else(|_| instruction.clone());

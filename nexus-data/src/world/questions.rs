@@ -1,7 +1,7 @@
 //! Questions about scenes: a scene -> a question and its one right answer.
 
 use super::Kind;
-use super::compose::{Pairs, free_scene, pairs, usual};
+use super::compose::{Rules, all_pairs, free_scene, usual};
 use super::draws::Draws;
 use super::phrases::{Detail, at, content, description, kind_of, noun, the};
 use super::scene::{Colour, Object, Place, Scene, Shape, either};
@@ -110,9 +110,9 @@ const MORE: [[&str; 5]; 2] = [
 ];
 
 /// A scene for a question.
-pub(super) fn scene(allowed: Pairs, draws: &mut Draws) -> Scene {
+pub(super) fn scene(rules: Rules, draws: &mut Draws) -> Scene {
     let count = 1 + draws.below(4);
-    let mut scene = free_scene(count, allowed, draws);
+    let mut scene = free_scene(count, rules, draws);
     // Now and then several of a kind, so that there is something to count.
     if scene.objects.len() > 1 && draws.percent(30) {
         let objects = &mut scene.objects;
@@ -231,7 +231,7 @@ fn colour_shape(object: &Object, language: Language) -> String {
 /// Something that may be there, and whether it is: a shape, a colour, or both.
 fn presence(objects: &[Object], language: Language, draws: &mut Draws) -> (String, bool) {
     let near = draws.one(objects);
-    let other = usual(pairs(1, Pairs::Seen, draws)[0]);
+    let other = usual(draws.one(&all_pairs(false)));
     let asked = if draws.percent(50) {
         near
     } else {
