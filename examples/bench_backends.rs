@@ -19,6 +19,8 @@ mod measure;
 mod models;
 #[path = "../benches/stages/place.rs"]
 mod place;
+#[path = "../benches/stages/training.rs"]
+mod training;
 #[path = "../benches/stages/work.rs"]
 #[allow(dead_code, reason = "groups are criterion's")]
 mod work;

@@ -16,6 +16,8 @@ mod measure;
 mod models;
 #[path = "../benches/stages/place.rs"]
 mod place;
+#[path = "../benches/stages/training.rs"]
+mod training;
 #[path = "../benches/stages/work.rs"]
 mod work;
 

@@ -14,6 +14,7 @@
 #[allow(dead_code, reason = "files are for the other program that has this module, examples/bench_stage.rs")]
 mod models;
 mod place;
+mod training;
 mod work;
 
 use std::{

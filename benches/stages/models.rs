@@ -5,14 +5,16 @@ use std::{collections::HashMap, fs, io, path::Path};
 
 use burn::{
     module::{Module, ModuleMapper, Param},
-    tensor::{DType, Tensor, TensorData},
+    tensor::{DType, FloatDType, Tensor, TensorData},
 };
 use half::bf16;
 use nexus::{
     Precision,
     ar::{ArConfig, ArModel, RopeScaling, TokenIds},
     core::{
-        checkpoint::{Checkpoint, CheckpointError, LoadOptions, WeightNames, load_module, module_layout, save_module},
+        checkpoint::{
+            Checkpoint, CheckpointError, LoadDType, LoadOptions, WeightNames, load_module, module_layout, save_module,
+        },
         nn::DecoderLayer,
     },
     diffusion::{
@@ -36,6 +38,9 @@ const AE: &str = "FLUX/FLUX.1-dev/ae.safetensors";
 const DECODER_LAYER: &str = "layers/decoder_layer.safetensors";
 const DOUBLE_BLOCK: &str = "layers/double_block.safetensors";
 const SINGLE_BLOCK: &str = "layers/single_block.safetensors";
+
+/// Dtype of weights that take steps.
+const TRAINED: LoadDType = LoadDType::Convert(FloatDType::F32);
 
 /// Names of single layers: those inside a block, as the decoders' files have them.
 const LAYER: WeightNames = WeightNames { prefix: "", renames: &[("in_layer", "0"), ("out_layer", "2")], unused: &[] };
@@ -144,13 +149,28 @@ impl Weights<'_> {
         self.fill(SingleBlock::new(dim, num_heads, &device()), SINGLE_BLOCK, &LAYER)
     }
 
+    /// The language model in f32, with gradients.
+    pub fn trained_ar(&self) -> ArModel {
+        let model = ArModel::new(&ar_config(), &device().autodiff()).unwrap();
+        self.fill_as(model, LANGUAGE_MODEL, &nexus::ar::NAMES, TRAINED)
+    }
+
+    /// The decoder in f32, with gradients.
+    pub fn trained_decoder(&self) -> GenerationDecoder {
+        let decoder = GenerationDecoder::new(&diffusion_config(), &device().autodiff());
+        self.fill_as(decoder, DECODER, &GENERATION_DECODER, TRAINED)
+    }
+
     fn fill<M: Module>(&self, module: M, file: &str, names: &WeightNames) -> M {
+        self.fill_as(module, file, names, Precision::of(&device()).weights)
+    }
+
+    fn fill_as<M: Module>(&self, module: M, file: &str, names: &WeightNames, dtype: LoadDType) -> M {
         match self {
-            Self::Random => module.map(&mut RandomBf16 { state: file.len() as u64 }),
+            Self::Random => module.map(&mut RandomBf16 { state: file.len() as u64, dtype }),
             Self::Files(dir) => {
                 let checkpoint = Checkpoint::open(dir.join(file)).unwrap();
-                let options = LoadOptions { dtype: Precision::of(&device()).weights, ..LoadOptions::default() };
-                load_module(module, &checkpoint, names, &options).unwrap()
+                load_module(module, &checkpoint, names, &LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
             }
         }
     }
@@ -195,6 +215,8 @@ pub fn write(dir: &Path) -> Result<(), CheckpointError> {
 /// vectors (biases, weights of norms) that differ a little from what they start with.
 struct RandomBf16 {
     state: u64,
+    /// What the values are stored in.
+    dtype: LoadDType,
 }
 
 impl RandomBf16 {
@@ -223,7 +245,11 @@ impl ModuleMapper for RandomBf16 {
             }
         };
         let data = TensorData::new(values, shape);
-        let dtype = if device.supports_dtype(DType::BF16) { DType::BF16 } else { DType::F32 };
+        let dtype = match self.dtype {
+            LoadDType::Convert(dtype) => dtype.into(),
+            LoadDType::AsStored if device.supports_dtype(DType::BF16) => DType::BF16,
+            LoadDType::AsStored => DType::F32,
+        };
         param.transform_for_load(Tensor::from_data(data.convert_dtype(dtype), (&device, dtype)), id)
     }
 }

@@ -17,11 +17,12 @@ use nexus::{
 use crate::{
     models::{Weights, diffusion_config},
     place::{compute, device, ramp},
+    training::{ArTraining, DitTraining},
 };
 
-const PROMPT_TOKENS: usize = 300;
+pub const PROMPT_TOKENS: usize = 300;
 const DECODED_TOKENS: usize = 16;
-const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
+pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
 
 /// Something that takes time.
 pub trait Work {
@@ -47,7 +48,7 @@ pub struct Stage {
     pub load: fn(Weights<'_>) -> Box<dyn Work>,
 }
 
-/// All stages, in the order of the pipeline, then single layers of the released size.
+/// All stages, in the order of the pipeline, then training steps, then single layers of the released size.
 pub const STAGES: &[Stage] = &[
     Stage { group: "ar", name: "prefill_300", load: |weights| Text::boxed(weights, Passage::Prefill) },
     Stage { group: "ar", name: "decode_token", load: |weights| Text::boxed(weights, Passage::Decode) },
@@ -62,13 +63,15 @@ pub const STAGES: &[Stage] = &[
     },
     Stage { group: "autoencoder", name: "ae_decode_256", load: |weights| Decode::boxed(weights, 32) },
     Stage { group: "autoencoder_512", name: "ae_decode_512", load: |weights| Decode::boxed(weights, 64) },
+    Stage { group: "training", name: "ar_training_step", load: ArTraining::boxed },
+    Stage { group: "training", name: "dit_training_step", load: DitTraining::boxed },
     Stage { group: "released_layers", name: "llm_layer_300", load: |weights| Box::new(Layer::new(weights)) },
     Stage { group: "released_layers", name: "dit_double_block", load: |weights| Box::new(Double::new(weights)) },
     Stage { group: "released_layers", name: "dit_single_block", load: |weights| Box::new(Single::new(weights)) },
 ];
 
 /// Waits for a result, which backends may compute lazily, and reads it.
-fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.cast(DType::F32).into_data().try_into_vec_as::<f32>().unwrap()
 }
 

@@ -20,6 +20,8 @@ LABELS = {
     "dit_step_editing": "diffusion step 512x512, editing",
     "ae_decode_256": "autoencoder decode, 256x256",
     "ae_decode_512": "autoencoder decode, 512x512",
+    "ar_training_step": "training step, language model, 300 tokens",
+    "dit_training_step": "training step, transformer, 512x512",
     "llm_layer_300": "released language-model layer, 300 tokens",
     "dit_double_block": "released double block, 1024 + 81 tokens",
     "dit_single_block": "released single block, 1024 + 81 tokens",

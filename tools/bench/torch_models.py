@@ -113,7 +113,8 @@ def text_model(w, config, x, positions, cache):
     rotary = text_rotary(config, positions, x.dtype)
     for layer in range(config.layers):
         x = decoder_layer(w.at(f"model.layers.{layer}"), config, x, rotary, layer, cache)
-    cache.used += x.shape[0]
+    if cache is not None:
+        cache.used += x.shape[0]
     return w.rms_norm("model.norm", x)
 
 
@@ -242,6 +243,12 @@ def dit_velocity(w, config, latents, text, pooled, timestep, guidance, rotary):
     squares = w.linear("final_proj_out", modulate(x[text.shape[0] :], shift, scale))
     squares = squares.view(height // 2, width // 2, channels, 2, 2).permute(2, 0, 3, 1, 4)
     return squares.reshape(channels, height, width)
+
+
+def adapter(w, embeds):
+    """The generation decoder's: embeds: [tokens, hidden] -> [tokens, context]"""
+    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
+    return norm("4", w.linear("3", F.relu(norm("1", w.linear("0", embeds)))))
 
 
 # Autoencoder

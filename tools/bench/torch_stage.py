@@ -147,6 +147,72 @@ class Draw(Stage):
         return models.autoencoder_decode(self.weights, self.latents)
 
 
+class Training(Stage):
+    """Loss, gradients of all weights, and a step of AdamW; the values are the gradient of one parameter."""
+
+    def train(self, weights, shown):
+        self.weights, self.shown = weights, weights[shown]
+        parameters = [tensor.requires_grad_() for tensor in weights.tensors.values()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def run(self):
+        self.loss().backward()
+        gradient = self.shown.grad
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradient
+
+
+class TextTraining(Training):
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        weights = self.load("Nexus-GenV2/model-00002-of-00002.safetensors")
+        self.train(weights, "model.layers.0.input_layernorm.weight")
+        json = self.json("Nexus-GenV2/config.json")
+        self.config, start, end = models.TextConfig(json), json["vision_start_token_id"], json["vision_end_token_id"]
+        ids = torch.arange(PROMPT) * 97 % 30_000
+        ids[200], ids[282] = start, end
+        self.ids = ids
+        self.learned = torch.cat((torch.arange(180, 201), torch.arange(282, PROMPT)))
+        place = torch.arange(IMAGE)
+        image = torch.stack((torch.zeros_like(place), place // 9, place % 9), 1) + 201
+        before, after = (torch.arange(*ends)[:, None].expand(-1, 3) for ends in ((0, 201), (210, 228)))
+        self.positions = torch.cat((before, image, after))
+        self.target = ramp((IMAGE, self.config.hidden), 1)
+
+    def loss(self):
+        embeds = F.embedding(self.ids, self.weights["model.embed_tokens.weight"])
+        embeds = torch.cat((embeds[:201], self.weights["image_prefill_embeds.weight"], embeds[282:]))
+        hidden = models.text_model(self.weights, self.config, embeds, self.positions, None)
+        scores = self.weights.linear("lm_head", hidden[self.learned - 1])
+        predicted = self.weights.linear("vision_head", hidden[200:281]).float()
+        distance = 1 - F.cosine_similarity(predicted, self.target)
+        image = (F.mse_loss(predicted, self.target) + distance.mean()) / 2
+        return 3 * F.cross_entropy(scores.float(), self.ids[self.learned]) + 3 * image
+
+
+class DitTraining(Training):
+    def __init__(self, folder, dtype):
+        super().__init__(folder, dtype)
+        self.train(self.load("Nexus-GenV2/generation_decoder.safetensors"), "pipe.dit.x_embedder.bias")
+        self.config = self.json("Nexus-GenV2/decoder_config.json")
+        positions = torch.cat((torch.zeros(IMAGE, 3), image_positions()))
+        self.rotary = models.dit_rotary(self.config["axes_dim"], positions)
+        # The width of the language model is that of the condition tokens.
+        self.embeds, self.pooled = self.input((IMAGE, self.config["context_dim"]), 1), self.input((1, 768), 2)
+        self.latents, self.noise = (self.input((16, LATENTS, LATENTS), seed) for seed in (3, 4))
+        sigma = torch.linspace(1.0, 0.003 / 1.002, 1000)[500].item()
+        self.sigma = 3 * sigma / (1 + 2 * sigma)
+
+    def loss(self):
+        dit = self.weights.at("pipe.dit")
+        text = dit.linear("context_embedder", models.adapter(self.weights.at("adapter"), self.embeds))
+        noisy = (1 - self.sigma) * self.latents + self.sigma * self.noise
+        inputs = noisy, text, self.pooled, 1000 * self.sigma, 3.5, self.rotary
+        velocity = models.dit_velocity(dit, self.config, *inputs)
+        return F.mse_loss(velocity.float(), self.noise.float() - self.latents.float())
+
+
 class LlmLayer(Stage):
     def __init__(self, folder, dtype):
         super().__init__(folder, dtype)
@@ -198,6 +264,8 @@ STAGES = {
     "dit_step_editing": lambda *place: Step(*place, editing_positions()),
     "ae_decode_256": lambda *place: Draw(*place, 32),
     "ae_decode_512": lambda *place: Draw(*place, 64),
+    "ar_training_step": TextTraining,
+    "dit_training_step": DitTraining,
     "llm_layer_300": LlmLayer,
     "dit_double_block": lambda *place: DoubleBlock(*place, "double_block"),
     "dit_single_block": lambda *place: SingleBlock(*place, "single_block"),
@@ -212,7 +280,6 @@ def peak_bytes():
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-@torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
@@ -224,6 +291,11 @@ def main():
     parser.add_argument("--output", type=Path, help="where to write what the stage computed: little-endian f32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    with torch.inference_mode(not arguments.stage.endswith("training_step")):
+        measure(arguments)
+
+
+def measure(arguments):
     start_bytes, start = peak_bytes(), time.perf_counter()
     stage = STAGES[arguments.stage](arguments.models, {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype])
     load_seconds = time.perf_counter() - start
