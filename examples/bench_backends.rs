@@ -146,7 +146,7 @@ fn single(args: &Args, file: &Path) -> Result<()> {
     let row = Row {
         stage: stage.clone(),
         device: device.clone(),
-        dtype: measure::dtype(),
+        dtype: measure::dtype(known),
         seconds: measured.median(),
         bytes: measured.device_bytes.or(measured.peak_bytes),
         drift: None,

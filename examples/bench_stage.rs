@@ -78,7 +78,7 @@ fn main() -> anyhow::Result<()> {
                 "group": stage.group,
                 "stage": stage.name,
                 "program": "nexus",
-                "dtype": measure::dtype(),
+                "dtype": measure::dtype(stage),
                 "median": measured.median(),
                 "min": times.iter().copied().reduce(f64::min),
                 "max": times.iter().copied().reduce(f64::max),

@@ -7,7 +7,11 @@ use std::{
 
 use nexus::{Precision, core::checkpoint::LoadDType};
 
-use crate::{models::Weights, place, work::Stage};
+use crate::{
+    models::Weights,
+    place,
+    work::{Stage, TRAINING},
+};
 
 /// What was measured.
 pub struct Measured {
@@ -58,8 +62,11 @@ impl Measured {
     }
 }
 
-/// Dtypes that the stages run in, such as `bf16 weights, f32 activations`.
-pub fn dtype() -> String {
+/// Dtypes that a stage runs in, such as `bf16 weights, f32 activations`.
+pub fn dtype(stage: &Stage) -> String {
+    if stage.group == TRAINING {
+        return "f32 weights, f32 activations".to_string();
+    }
     let Precision { weights, compute } = Precision::of(&place::device());
     let weights = match weights {
         // The weights of the benches are stored in bf16.

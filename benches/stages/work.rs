@@ -22,6 +22,8 @@ use crate::{
 
 pub const PROMPT_TOKENS: usize = 300;
 const DECODED_TOKENS: usize = 16;
+/// Group of the stages whose weights take steps.
+pub const TRAINING: &str = "training";
 pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
 
 /// Something that takes time.
@@ -63,8 +65,8 @@ pub const STAGES: &[Stage] = &[
     },
     Stage { group: "autoencoder", name: "ae_decode_256", load: |weights| Decode::boxed(weights, 32) },
     Stage { group: "autoencoder_512", name: "ae_decode_512", load: |weights| Decode::boxed(weights, 64) },
-    Stage { group: "training", name: "ar_training_step", load: ArTraining::boxed },
-    Stage { group: "training", name: "dit_training_step", load: DitTraining::boxed },
+    Stage { group: TRAINING, name: "ar_training_step", load: ArTraining::boxed },
+    Stage { group: TRAINING, name: "dit_training_step", load: DitTraining::boxed },
     Stage { group: "released_layers", name: "llm_layer_300", load: |weights| Box::new(Layer::new(weights)) },
     Stage { group: "released_layers", name: "dit_double_block", load: |weights| Box::new(Double::new(weights)) },
     Stage { group: "released_layers", name: "dit_single_block", load: |weights| Box::new(Single::new(weights)) },

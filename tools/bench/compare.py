@@ -85,7 +85,8 @@ def programs(arguments, nexus):
 def measure(arguments, command, threads, stage, output):
     """One process: its line, with the cores that others used meanwhile; None if it has no such stage."""
     variables = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = os.environ | {name: str(threads) for name in variables}
+    # As .cargo/config.toml has it for what cargo runs.
+    environment = os.environ | {name: str(threads) for name in variables} | {"MIMALLOC_PURGE_DELAY": "-1"}
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
     command = [*command, stage, "--models", str(arguments.models), "--output", str(output), *limits]
     best = None
