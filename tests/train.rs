@@ -247,6 +247,26 @@ fn bad_samples_are_set_aside_until_the_limit() {
 }
 
 #[test]
+fn the_recipes_of_the_repository_are_read_and_say_their_own_command() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut dirs, mut count) = (vec![root.join("recipes")], 0);
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "json") {
+                let recipe = Recipe::read(&path).unwrap_or_else(|error| panic!("{error}"));
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
+                assert!(recipe.command.contains(&format!("--recipe {name} ")), "{name}: {}", recipe.command);
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 15, "only {count} recipes were found");
+}
+
+#[test]
 fn wrong_recipes_are_refused() {
     for (pointer, value, expected) in [
         ("/stages/0/name", json!(7), "expected a string"),

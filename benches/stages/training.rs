@@ -89,29 +89,37 @@ impl Work for ArTraining {
 pub struct DitTraining {
     trained: Trained<GenerationDecoder>,
     embeds: ImageEmbeds,
+    pooled: Tensor<2>,
+    latents: Tensor<4>,
+    noise: Tensor<4>,
     flow: FlowMatching,
 }
 
 impl DitTraining {
     pub fn boxed(weights: Weights<'_>) -> Box<dyn Work> {
+        let config = diffusion_config().dit;
+        let latents = [1, config.latent_channels(), DRAWN.height, DRAWN.width];
         let embeds = input([1, NUM_IMAGE_TOKENS, ar_config().hidden_size], 1);
-        let trained = Trained::new(weights.trained_decoder(), &GENERATION_DECODER, "pipe.dit.x_embedder.bias");
-        let embeds = ImageEmbeds::new(embeds, GridThw::GENERATED).unwrap();
-        Box::new(Self { trained, embeds, flow: FlowMatching::new() })
+        Box::new(Self {
+            trained: Trained::new(weights.trained_decoder(), &GENERATION_DECODER, "pipe.dit.x_embedder.bias"),
+            embeds: ImageEmbeds::new(embeds, GridThw::GENERATED).unwrap(),
+            pooled: input([1, config.pooled_dim], 2),
+            latents: input(latents, 3),
+            noise: input(latents, 4),
+            flow: FlowMatching::new(),
+        })
     }
 }
 
 impl Work for DitTraining {
     fn run(&mut self) -> Vec<f32> {
-        let Self { trained, embeds, flow } = self;
-        let config = diffusion_config().dit;
-        let latents = [1, config.latent_channels(), DRAWN.height, DRAWN.width];
+        let Self { trained, embeds, pooled, latents, noise, flow } = self;
         trained.step(|decoder| {
             let input = FlowMatchingInput {
                 conditioning: &decoder.condition(embeds).unwrap(),
-                pooled: input([1, config.pooled_dim], 2),
-                latents: input(latents, 3),
-                noise: input(latents, 4),
+                pooled: pooled.clone(),
+                latents: latents.clone(),
+                noise: noise.clone(),
                 timestep_indices: &[NOISE_LEVEL],
                 embedded_guidance: 3.5,
             };

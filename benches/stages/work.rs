@@ -22,9 +22,10 @@ use crate::{
 
 pub const PROMPT_TOKENS: usize = 300;
 const DECODED_TOKENS: usize = 16;
+pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
+
 /// Group of the stages whose weights take steps.
 pub const TRAINING: &str = "training";
-pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
 
 /// Something that takes time.
 pub trait Work {

@@ -28,7 +28,7 @@ pub(super) struct Rules {
 
 impl Rules {
     /// Whether this is what the samples are to be full of.
-    pub(super) fn emphasise(self, emphasis: Emphasis) -> bool {
+    pub(super) fn emphasises(self, emphasis: Emphasis) -> bool {
         self.emphasis == Some(emphasis)
     }
 }
@@ -43,10 +43,10 @@ pub(super) fn all_pairs(held_out: bool) -> Vec<(Colour, Shape)> {
 pub(super) fn pairs(count: usize, rules: Rules, draws: &mut Draws) -> Vec<(Colour, Shape)> {
     let mut seen = all_pairs(false);
     let mut pairs = match rules.split {
-        Split::Train => draws.some(&seen, if rules.emphasise(Emphasis::Lookalikes) { 1 } else { count }),
+        Split::Train => draws.some(&seen, if rules.emphasises(Emphasis::Lookalikes) { 1 } else { count }),
         Split::HeldOut => draws.some(&all_pairs(true), 1),
     };
-    if rules.emphasise(Emphasis::Lookalikes) {
+    if rules.emphasises(Emphasis::Lookalikes) {
         let (colour, shape) = pairs[0];
         seen.retain(|other| *other != pairs[0] && (other.0 == colour || other.1 == shape));
     }
@@ -75,7 +75,7 @@ pub(super) fn free_scene(count: usize, rules: Rules, draws: &mut Draws) -> Scene
         Object { size, texture, place, ..usual(pair) }
     });
     let mut objects: Vec<Object> = objects.collect();
-    if count >= 2 && (draws.percent(12) || rules.emphasise(Emphasis::Stacked)) {
+    if count >= 2 && (draws.percent(12) || rules.emphasises(Emphasis::Stacked)) {
         let place = objects[0].place;
         objects[0] = Object { size: Size::Large, texture: Texture::Solid, ..objects[0] };
         objects[1] = Object { size: Size::Small, texture: Texture::Solid, place, ..objects[1] };
@@ -158,7 +158,8 @@ fn position(scene: &mut Scene, rules: Rules, language: Language, draws: &mut Dra
     if draws.percent(50) {
         objects.swap(0, 1);
     }
-    match if rules.emphasise(Emphasis::Stacked) { 3 } else { draws.below(4) } {
+    let form = if rules.emphasises(Emphasis::Stacked) { 3 } else { draws.below(4) };
+    match form {
         0 => {
             let places = draws.some(&Place::ALL, 2);
             let first = if rules.split == Split::HeldOut {

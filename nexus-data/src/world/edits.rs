@@ -86,7 +86,7 @@ const FLATTEN: Forms = [
 
 /// A scene that can be changed: objects of different names, none on another, and a free place.
 pub(super) fn scene(rules: Rules, draws: &mut Draws) -> Scene {
-    let count = if rules.emphasise(Emphasis::Lookalikes) { 2 + draws.below(2) } else { 1 + draws.below(3) };
+    let count = if rules.emphasises(Emphasis::Lookalikes) { 2 + draws.below(2) } else { 1 + draws.below(3) };
     let places = draws.some(&Place::ALL, count);
     let objects = pairs(count, rules, draws).into_iter().zip(places).map(|(pair, place)| {
         let size = if draws.percent(35) { Size::Small } else { Size::Large };

@@ -177,10 +177,11 @@ pub struct World {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Emphasis {
-    /// Objects that share their colour or their shape with the first one of their scene, in scenes of several objects and
-    /// in edits of at least two.
+    /// Objects of different names share their colour or their shape with one of them; pictures to be edited have at least
+    /// two.
     Lookalikes,
-    /// Objects on top of others: in questions about pictures of several objects, and in prompts of [`Kind::Position`].
+    /// One object stands on another, where a picture to be asked about or drawn again has several, and in most prompts of
+    /// [`Kind::Position`].
     Stacked,
 }
 
