@@ -5,12 +5,12 @@
 
 use burn::{
     module::Module,
-    tensor::{DType, Device, FloatDType, Int, Tensor, TensorData},
+    tensor::{Device, FloatDType, Tensor},
 };
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility},
+    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, index_tensor},
 };
 
 use crate::{ArConfig, ArError, KvCache, NAMES};
@@ -138,8 +138,7 @@ impl ArModel {
     }
 
     fn embed_tokens(&self, token_ids: &[u32], dtype: FloatDType) -> Tensor<3> {
-        let ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, token_ids.len()]), (&self.device(), DType::I64));
+        let ids = index_tensor(token_ids.iter().map(|&id| id as usize), [1, token_ids.len()], &self.device());
         self.model.embed_tokens.forward(ids, dtype)
     }
 

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_softmax};
-use nexus_core::nn::{RotaryTable, Visibility};
+use burn::tensor::{DType, FloatDType, Tensor, activation::log_softmax};
+use nexus_core::nn::{RotaryTable, Visibility, index_tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -106,8 +106,8 @@ impl ArObjective {
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
         if !batch.text_labels.is_empty() {
-            let (rows, ids): (Vec<usize>, Vec<i64>) =
-                batch.text_labels.iter().map(|&(row, id)| (row, i64::from(id))).unzip();
+            let (rows, ids): (Vec<usize>, Vec<usize>) =
+                batch.text_labels.iter().map(|&(row, id)| (row, id as usize)).unzip();
             let predicting = select(&hidden, &rows);
             cross_entropy = mean_cross_entropy(model.logits(predicting.unsqueeze()).squeeze_dim(0), ids);
         }
@@ -157,8 +157,7 @@ impl ArModel {
     pub fn embed_batch(&self, batch: &TrainingBatch, prefill: bool, dtype: FloatDType) -> Result<Tensor<2>, ArError> {
         batch.check_fits(self.config())?;
         let device = self.device();
-        let ids: Vec<i64> = batch.vocabulary.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, batch.vocabulary.len()]), (&device, DType::I64));
+        let ids = index_tensor(batch.vocabulary.iter().map(|&id| id as usize), [1, batch.vocabulary.len()], &device);
         let mut table = vec![self.model.embed_tokens.forward(ids, dtype).squeeze_dim::<2>(0)];
         table.extend(batch.inputs.iter().map(|image| image.values.clone().squeeze_dim::<2>(0).cast(dtype)));
         let first_input = batch.vocabulary.len();
@@ -175,10 +174,8 @@ impl ArModel {
             Place::Answer(index) if prefill => first_answer + index % NUM_IMAGE_TOKENS,
             Place::Answer(index) => first_answer + index,
         };
-        let rows = batch.places.iter().map(|place| row(place) as i64).collect();
-        let table = Tensor::cat(table, 0);
-        let rows = indices(rows, &table);
-        Ok(table.select(0, rows))
+        let rows = index_tensor(batch.places.iter().map(row), [batch.places.len()], &device);
+        Ok(Tensor::cat(table, 0).select(0, rows))
     }
 
     /// Hidden states of a batch after the final norm, causal, without a cache.
@@ -267,9 +264,9 @@ impl TrainingBatch {
 /// # Shapes
 /// - `logits`: `[rows, vocab]`
 /// - `ids`: one per row
-fn mean_cross_entropy(logits: Tensor<2>, ids: Vec<i64>) -> Tensor<1> {
+fn mean_cross_entropy(logits: Tensor<2>, ids: Vec<usize>) -> Tensor<1> {
     let rows = ids.len();
-    let ids = indices(ids, &logits).reshape([rows, 1]);
+    let ids = index_tensor(ids, [rows, 1], &logits.device());
     log_softmax(logits.cast(DType::F32), 1).gather(1, ids).mean().neg()
 }
 
@@ -283,12 +280,7 @@ fn cosine_distance(a: Tensor<2>, b: Tensor<2>) -> Tensor<1> {
 
 /// Rows of a `[rows, width]`.
 fn select(x: &Tensor<2>, rows: &[usize]) -> Tensor<2> {
-    x.clone().select(0, indices(rows.iter().map(|&row| row as i64).collect(), x))
-}
-
-fn indices<const D: usize>(values: Vec<i64>, like: &Tensor<D>) -> Tensor<1, Int> {
-    let count = values.len();
-    Tensor::from_data(TensorData::new(values, [count]), (&like.device(), DType::I64))
+    x.clone().select(0, index_tensor(rows.iter().copied(), [rows.len()], &x.device()))
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ impl Fixture {
     }
 
     pub fn ints<const D: usize>(&self, name: &str) -> Tensor<D, Int> {
-        Tensor::from_data(self.file.data(name).unwrap(), (&device(), DType::I64))
+        Tensor::from_data(self.file.data(name).unwrap(), &device())
     }
 
     pub fn floats(&self, name: &str) -> Vec<f32> {

@@ -2,13 +2,13 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Device, Int, Tensor, TensorData, module::linear},
+    tensor::{Device, Tensor, module::linear},
 };
 use nexus_core::{
     EmbedsError, GridThw, ImageEmbeds,
     checkpoint::{Checkpoint, CheckpointError, LoadOptions, load_module},
     config::ConfigError,
-    nn::{RotaryTable, inverse_frequencies, normal_param},
+    nn::{RotaryTable, index_tensor, inverse_frequencies, normal_param},
 };
 
 use crate::{NAMES, PatchMerger, VisionBlock, VisionConfig, WindowLayout, window::patch_coordinates};
@@ -159,9 +159,7 @@ impl PatchEmbed {
 /// Puts the cells (equal runs of tokens) of `x` in another order: place `i` gets cell `order[i]`.
 fn reorder(x: Tensor<3>, order: &[usize]) -> Tensor<3> {
     let [batch, tokens, width] = x.dims();
-    let device = x.device();
-    let indices: Vec<i64> = order.iter().map(|&index| index as i64).collect();
-    let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [order.len()]), &device);
+    let indices = index_tensor(order.iter().copied(), [order.len()], &x.device());
     let cells = x.reshape([batch, order.len(), tokens / order.len() * width]);
     cells.select(1, indices).reshape([batch, tokens, width])
 }

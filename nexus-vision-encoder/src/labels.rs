@@ -5,9 +5,9 @@
 
 use burn::{
     module::Module,
-    tensor::{DType, Device, Int, Tensor, TensorData, activation::log_softmax},
+    tensor::{DType, Device, Tensor, activation::log_softmax},
 };
-use nexus_core::nn::Linear;
+use nexus_core::nn::{Linear, index_tensor};
 
 /// Reads several labels of tokens from their embeddings.
 #[derive(Module, Debug)]
@@ -42,9 +42,9 @@ impl LabelHead {
         let scores = self.scores.forward(embeds).cast(DType::F32);
         let mut start = 0;
         let losses = self.classes.iter().enumerate().map(|(field, &classes)| {
-            let ids: Vec<i64> = labels.iter().skip(field).step_by(fields).map(|&class| i64::from(class)).collect();
-            assert!(ids.iter().all(|&id| (id as usize) < classes), "label {field} has {classes} classes");
-            let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, 1]), (&device, DType::I64));
+            let ids = labels.iter().skip(field).step_by(fields).map(|&class| usize::from(class));
+            assert!(ids.clone().all(|id| id < classes), "label {field} has {classes} classes");
+            let ids = index_tensor(ids, [tokens, 1], &device);
             start += classes;
             log_softmax(scores.clone().narrow(1, start - classes, classes), 1).gather(1, ids).mean().neg()
         });

@@ -1,8 +1,8 @@
 //! What is known of pictures, as losses: what their tokens show.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 use nexus_ar::AnswerEmbeds;
-use nexus_core::GridThw;
+use nexus_core::{GridThw, nn::index_tensor};
 use nexus_data::world::{LABEL_CLASSES, Place, Scene, token_places};
 use nexus_vision_encoder::LabelHead;
 
@@ -64,7 +64,7 @@ impl Shown {
     fn loss(&self, head: &LabelHead, x: Tensor<2>, last: impl Fn(Place) -> Option<u8>) -> Option<Tensor<1>> {
         let (mut rows, mut labels, mut start) = (Vec::new(), Vec::new(), 0);
         for (grid, scene) in self.grids.iter().zip(&self.scenes) {
-            let end = start + grid.num_merged_tokens() as i64;
+            let end = start + grid.num_merged_tokens();
             if let Some(scene) = scene {
                 rows.extend(start..end);
                 let (height, width) = (grid.merged_h(), grid.merged_w());
@@ -78,7 +78,8 @@ impl Shown {
         if rows.is_empty() {
             return None;
         }
-        let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &x.device());
+        let count = rows.len();
+        let rows = index_tensor(rows, [count], &x.device());
         Some(head.loss(x.select(0, rows), &labels))
     }
 }

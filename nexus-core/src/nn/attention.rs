@@ -1,6 +1,8 @@
 //! Scaled dot-product attention: q, k, v with heads beside tokens -> mixed values.
 
-use burn::tensor::{Int, Tensor, TensorData, module, ops::AttentionModuleOptions};
+use burn::tensor::{Tensor, module, ops::AttentionModuleOptions};
+
+use super::index_tensor;
 
 /// Which keys a query may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,10 +64,7 @@ pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention
             assert_eq!((bounds.first(), bounds.last()), (Some(&0), Some(&queries)), "segments must cover the tokens");
             let plan = SegmentPlan::new(bounds);
             let device = q.device();
-            let order = |indices: &[usize]| {
-                let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
-                Tensor::<1, Int>::from_data(TensorData::new(indices, [queries]), &device)
-            };
+            let order = |indices: &[usize]| index_tensor(indices.iter().copied(), [queries], &device);
             let sorted = |x: Tensor<4>| if plan.is_sorted { x } else { x.select(2, order(&plan.order)) };
             let [q, k, v] = [q, k, v].map(sorted);
             let mut start = 0;
@@ -135,6 +134,8 @@ fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use burn::tensor::TensorData;
+
     use super::*;
     use crate::testing::{assert_close, cpu, ramp};
 

@@ -2,10 +2,12 @@
 
 use burn::{
     module::Module,
-    tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation::log_softmax},
+    tensor::{Bool, DType, Device, Tensor, TensorData, activation::log_softmax},
 };
 
-use super::{Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
+use super::{
+    Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, index_tensor, rotate_half,
+};
 
 /// Sizes of a [`DecoderLayer`].
 #[derive(Debug, Clone, PartialEq)]
@@ -109,10 +111,7 @@ impl DecoderLayer {
         let SelfAttention { q_proj, k_proj, head_dim, .. } = &self.self_attn;
         let [_, tokens, hidden] = x.dims();
         let device = x.device();
-        let indices = |values: &[usize]| {
-            let values: Vec<i64> = values.iter().map(|&value| value as i64).collect();
-            Tensor::<1, Int>::from_data(values.as_slice(), &device)
-        };
+        let indices = |values: &[usize]| index_tensor(values.iter().copied(), [values.len()], &device);
         let normed = self.input_layernorm.forward(x);
         let keys = rotate_half(self.self_attn.heads(k_proj.forward(normed.clone())), rotary);
         let rows = indices(queries);

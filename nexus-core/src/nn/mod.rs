@@ -35,7 +35,7 @@ pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};
 
 use burn::{
     module::{Initializer, Param},
-    tensor::{Device, Tensor},
+    tensor::{Device, Int, Tensor, TensorData},
 };
 
 /// Standard deviation of freshly made weight matrices, Qwen2.5-VL's `initializer_range`.
@@ -44,6 +44,20 @@ const INIT_STD: f64 = 0.02;
 /// A lazy parameter with normally distributed values; nothing is allocated until it is used.
 pub fn normal_param<const D: usize>(shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
     Initializer::Normal { mean: 0.0, std: INIT_STD }.init(shape, device)
+}
+
+/// Token ids or positions for a lookup, in the integer dtype that the device prefers: 64 bits are not to be had on every
+/// GPU.
+///
+/// # Panics
+/// If there are not as many values as the shape holds.
+pub fn index_tensor<const D: usize>(
+    values: impl IntoIterator<Item = usize>,
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<D, Int> {
+    let values: Vec<i64> = values.into_iter().map(|value| value as i64).collect();
+    Tensor::from_data(TensorData::new(values, shape), device)
 }
 
 /// Casts only when the dtype differs, so that equal dtypes share the same memory.

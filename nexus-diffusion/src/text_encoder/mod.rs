@@ -5,7 +5,8 @@
 mod clip;
 mod t5;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor};
+use nexus_core::nn::index_tensor;
 
 pub use clip::{ClipAttention, ClipEmbeddings, ClipLayer, ClipMlp, ClipTextEncoder};
 pub use t5::{T5Attention, T5Block, T5Dense, T5Encoder};
@@ -26,6 +27,5 @@ fn checked_ids(
     if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
         return Err(DiffusionError::TokenOutOfVocabulary { encoder, id, vocab_size });
     }
-    let values: Vec<i64> = ids.iter().copied().map(i64::from).collect();
-    Ok(Tensor::from_data(TensorData::new(values, [1, ids.len()]), device))
+    Ok(index_tensor(ids.iter().map(|&id| id as usize), [1, ids.len()], device))
 }

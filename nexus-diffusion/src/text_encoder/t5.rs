@@ -2,11 +2,11 @@
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Int, Tensor, TensorData},
+    tensor::{Device, FloatDType, Tensor},
 };
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul},
+    nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul, index_tensor},
 };
 
 use super::checked_ids;
@@ -119,7 +119,7 @@ impl T5Encoder {
     fn position_bias(&self, tokens: usize, dtype: FloatDType, device: &Device) -> Tensor<4> {
         let [num_buckets, heads] = self.relative_attention_bias.weight.dims();
         let buckets = position_buckets(tokens, num_buckets, self.max_distance);
-        let buckets: Tensor<2, Int> = Tensor::from_data(TensorData::new(buckets, [tokens, tokens]), device);
+        let buckets = index_tensor(buckets, [tokens, tokens], device);
         let bias = self.relative_attention_bias.forward(buckets, dtype).permute([2, 0, 1]);
         // The reshape copies, once for all blocks, which read keys side by side.
         bias.reshape([1, heads, tokens, tokens])
@@ -130,7 +130,7 @@ impl T5Encoder {
 /// for keys after the query.
 ///
 /// Source: transformers (modeling_t5.py, `_relative_position_bucket`, bidirectional).
-fn position_buckets(tokens: usize, num_buckets: usize, max_distance: usize) -> Vec<i64> {
+fn position_buckets(tokens: usize, num_buckets: usize, max_distance: usize) -> Vec<usize> {
     let half = num_buckets / 2;
     let exact = half / 2;
     // The original computes in f32; whole quotients of logarithms must fall on the same side here.
@@ -144,7 +144,7 @@ fn position_buckets(tokens: usize, num_buckets: usize, max_distance: usize) -> V
     };
     let buckets: Vec<usize> = (0..tokens).map(bucket_of_distance).collect();
     let bucket = |query: usize, key: usize| buckets[query.abs_diff(key)] + if key > query { half } else { 0 };
-    (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))).map(|(q, k)| bucket(q, k) as i64).collect()
+    (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key))).map(|(q, k)| bucket(q, k)).collect()
 }
 
 impl T5Block {
@@ -218,7 +218,8 @@ mod tests {
         let fixture = Fixture::open("t5_512");
         let (rows, expected) = (fixture.ids("in.rows"), fixture.integers("out.bucket_rows"));
         let buckets = position_buckets(512, 32, 128);
-        let found: Vec<i64> = rows.iter().flat_map(|&row| &buckets[row as usize * 512..][..512]).copied().collect();
+        let found: Vec<i64> =
+            rows.iter().flat_map(|&row| &buckets[row as usize * 512..][..512]).map(|&bucket| bucket as i64).collect();
         assert_eq!(found, expected);
     }
 
