@@ -12,7 +12,13 @@ fn main() -> Result<()> {
     }
     println!("{:<10} {:<16} {:<24} used by default", "--device", "computes in", "weights by default");
     for name in names {
-        let device = nexus::device(&name)?;
+        let device = match nexus::device(&name) {
+            Ok(device) => device,
+            Err(error) => {
+                eprintln!("{error}");
+                continue;
+            }
+        };
         let supported: Vec<String> = [FloatDType::F32, FloatDType::F16, FloatDType::BF16]
             .into_iter()
             .filter(|&dtype| device.supports_dtype(dtype))

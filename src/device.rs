@@ -1,7 +1,7 @@
 //! Choosing a device by name: `"cpu"`, `"cuda:0"`, … -> a burn device that is really there, and what it computes in.
 
-use burn::tensor::{Device, DeviceType, FloatDType};
-use nexus_core::checkpoint::LoadDType;
+use burn::tensor::{DType, Device, DeviceType, FloatDType, Tensor};
+use nexus_core::{checkpoint::LoadDType, failure_reason};
 
 /// Names of the backends and how burn calls them, in the order of preference for messages.
 fn compiled() -> Vec<(&'static str, DeviceType)> {
@@ -22,13 +22,15 @@ fn compiled() -> Vec<(&'static str, DeviceType)> {
 }
 
 const KNOWN: [&str; 6] = ["cpu", "wgpu", "vulkan", "metal", "cuda", "rocm"];
+/// Ones that a device adds before it is trusted; every partial sum is exact in f32.
+const PROBE: usize = 1 << 20;
 
 /// Finds a device by name: a backend (`cpu`, `wgpu`, `vulkan`, `metal`, `cuda`, `rocm`) and, after a colon, which of
 /// its devices (0 if left out).
 ///
 /// # Errors
 /// [`DeviceError::Unknown`] for another name, [`DeviceError::NotCompiledIn`] if the feature is off,
-/// [`DeviceError::NotFound`] if the machine has no such device.
+/// [`DeviceError::NotFound`] if the machine has no such device, [`DeviceError::Unusable`] if it cannot add a million ones.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     let unknown = || DeviceError::Unknown { name: name.to_string() };
     let (backend, index) = match name.split_once(':') {
@@ -43,10 +45,20 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     };
     let found: Vec<Device> = Device::enumerate(device_type.clone()).into_iter().collect();
     let count = found.len();
-    found.into_iter().nth(index).ok_or(DeviceError::NotFound { backend, index, found: count })
+    let device = found.into_iter().nth(index).ok_or(DeviceError::NotFound { backend, index, found: count })?;
+    probe(&device).map_err(|reason| DeviceError::Unusable { backend, index, reason })?;
+    Ok(device)
 }
 
-/// Names of all devices that are there, for [`device`]; never panics when a driver is missing.
+/// Lets the device add; OpenGL, which burn takes where there is no Vulkan, may run and give wrong sums.
+fn probe(device: &Device) -> Result<(), String> {
+    let sum = Tensor::<1>::ones([PROBE], (device, DType::F32)).sum();
+    let data = sum.try_into_data().map_err(|error| failure_reason(&error, device))?;
+    let sum = data.try_into_vec_as::<f32>().map_err(|error| error.to_string())?[0];
+    if sum == PROBE as f32 { Ok(()) } else { Err(format!("it adds {PROBE} ones to {sum}")) }
+}
+
+/// Names of all devices that are there, for [`device`], which tells whether one can be used; never panics when a driver is missing.
 pub fn devices() -> Vec<String> {
     let names = |(backend, device_type): (&'static str, DeviceType)| {
         (0..Device::enumerate(device_type).len()).map(move |index| match (backend, index) {
@@ -126,6 +138,19 @@ pub enum DeviceError {
     UnsupportedDType {
         /// Dtype asked for.
         dtype: FloatDType,
+    },
+    /// The device is there, and what it computes is wrong or fails.
+    #[error(
+        "`{backend}:{index}` cannot be used: {reason}; install a driver for it (on Linux the package for Vulkan of its \
+         maker, or mesa-vulkan-drivers), or choose another device"
+    )]
+    Unusable {
+        /// Backend asked for.
+        backend: &'static str,
+        /// Which of its devices.
+        index: usize,
+        /// What it got wrong, or what the backend said.
+        reason: String,
     },
     /// The machine has no such device.
     #[error("`{backend}:{index}` is not there: {found} device(s) of this kind were found")]

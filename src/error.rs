@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use burn::tensor::Tensor;
+use nexus_core::failure_reason;
 
 use crate::DeviceError;
 
@@ -83,7 +84,7 @@ pub enum Error {
          tiles, or load the model with quantised weights or one stage at a time"
     )]
     Read {
-        /// What the backend said.
+        /// What the backend said, and what the device's memory holds.
         reason: String,
     },
     /// The observer stopped the request.
@@ -93,9 +94,10 @@ pub enum Error {
 
 /// Values of a tensor; waits for the device.
 pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Error> {
-    let failed = |error: &dyn std::fmt::Display| Error::Read { reason: error.to_string() };
-    let data = tensor.try_into_data().map_err(|error| failed(&error))?;
-    data.try_into_vec_as().map_err(|error| failed(&error))
+    let device = tensor.device();
+    let data = tensor.try_into_data();
+    let data = data.map_err(|error| Error::Read { reason: failure_reason(&error, &device) })?;
+    data.try_into_vec_as().map_err(|error| Error::Read { reason: error.to_string() })
 }
 
 fn list(paths: &[PathBuf]) -> String {

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests that compute on a device, on WGPU: on a GPU, or on Mesa's software driver, which root gets installed.
+# The tests that compute on a device, on WGPU: on a GPU, or on Mesa's software driver for Vulkan, which root gets installed
+# where no adapter computes right (that of OpenGL does not).
 #
 #   tools/gpu_tests.sh
 #

@@ -128,7 +128,7 @@ pub enum ArError {
     Device {
         /// Index of the token in the sequence.
         index: usize,
-        /// What the backend said.
+        /// What the backend said, and what the device's memory holds.
         reason: String,
     },
     /// The model computed NaN or infinite scores.

@@ -7,7 +7,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{FloatDType, Tensor};
-use nexus_core::{GridThw, ImageEmbeds};
+use nexus_core::{GridThw, ImageEmbeds, failure_reason};
 use serde::{Deserialize, Serialize};
 
 use crate::{ArError, ArModel, KvCache, NUM_IMAGE_TOKENS, Sampler, SamplingOptions, image_position_ids, position_ids};
@@ -288,7 +288,8 @@ impl<'a> Reply<'a> {
         let index = self.generation.token_ids.len();
         let not_finite = ArError::NotFinite { index };
         let data = self.model.logits(hidden).try_into_data();
-        let data = data.map_err(|error| ArError::Device { index, reason: error.to_string() })?;
+        let reason = |error| failure_reason(&error, &self.model.device());
+        let data = data.map_err(|error| ArError::Device { index, reason: reason(error) })?;
         let Ok(mut scores) = data.try_into_vec_as::<f32>() else { return Err(not_finite) };
         if scores.iter().any(|score| !score.is_finite()) {
             return Err(not_finite);

@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod config;
 mod embeds;
+mod failure;
 #[cfg(feature = "flex")]
 mod kernels;
 pub mod nn;
@@ -18,3 +19,4 @@ pub mod testing;
 pub mod train;
 
 pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};
+pub use failure::failure_reason;
