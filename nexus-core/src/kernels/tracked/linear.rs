@@ -20,8 +20,8 @@ use super::{
     sums::column_sums,
 };
 
-/// Most elements of the smaller sides of a product that is ours.
-const MAX_SMALL: usize = 1 << 20;
+/// Most elements of the smaller sides of a product that is ours: beyond, panels that are not packed miss the cache.
+const MAX_SMALL: usize = 1 << 17;
 /// Rows of a task.
 const BLOCK_ROWS: usize = 96;
 /// Inner elements that are multiplied while a panel of the right matrix stays in the nearest cache.
