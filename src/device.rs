@@ -30,7 +30,8 @@ const PROBE: usize = 1 << 20;
 ///
 /// # Errors
 /// [`DeviceError::Unknown`] for another name, [`DeviceError::NotCompiledIn`] if the feature is off,
-/// [`DeviceError::NotFound`] if the machine has no such device, [`DeviceError::Unusable`] if it cannot add a million ones.
+/// [`DeviceError::NotFound`] if the machine has no such device, [`DeviceError::Unusable`] if it cannot add a million
+/// ones.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     let unknown = || DeviceError::Unknown { name: name.to_string() };
     let (backend, index) = match name.split_once(':') {
@@ -58,7 +59,8 @@ fn probe(device: &Device) -> Result<(), String> {
     if sum == PROBE as f32 { Ok(()) } else { Err(format!("it adds {PROBE} ones to {sum}")) }
 }
 
-/// Names of all devices that are there, for [`device`], which tells whether one can be used; never panics when a driver is missing.
+/// Names of all devices that are there, for [`device`], which tells whether one can be used; never panics when a driver
+/// is missing.
 pub fn devices() -> Vec<String> {
     let names = |(backend, device_type): (&'static str, DeviceType)| {
         (0..Device::enumerate(device_type).len()).map(move |index| match (backend, index) {
@@ -141,8 +143,8 @@ pub enum DeviceError {
     },
     /// The device is there, and what it computes is wrong or fails.
     #[error(
-        "`{backend}:{index}` cannot be used: {reason}; install a driver for it (on Linux the package for Vulkan of its \
-         maker, or mesa-vulkan-drivers), or choose another device"
+        "`{backend}:{index}` cannot be used: {reason}; choose another device, or, where OpenGL is all that WGPU finds, \
+         install a driver for Vulkan (on Linux that of the maker, or mesa-vulkan-drivers)"
     )]
     Unusable {
         /// Backend asked for.

@@ -20,7 +20,7 @@ use super::{
     sums::column_sums,
 };
 
-/// Most elements of the smaller sides of a product that is ours: beyond, panels that are not packed miss the cache.
+/// Most elements of the smaller sides of a product that is ours, which packs nothing: beyond, the backend's is faster.
 const MAX_SMALL: usize = 1 << 17;
 /// Rows of a task.
 const BLOCK_ROWS: usize = 96;
