@@ -2,7 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
 
 use anyhow::Result;
-use nexus::{FloatDType, Precision};
+use nexus::{DeviceInfo, FloatDType, Precision};
 
 fn main() -> Result<()> {
     let names = nexus::devices();
@@ -10,7 +10,7 @@ fn main() -> Result<()> {
         println!("no device: build with one of the features flex, wgpu, vulkan, metal, cuda, rocm");
         return Ok(());
     }
-    println!("{:<10} {:<16} {:<24} used by default", "--device", "computes in", "weights by default");
+    println!("{:<10} {:<16} {:<24} {:<16} device", "--device", "computes in", "weights by default", "used by default");
     for name in names {
         let device = match nexus::device(&name) {
             Ok(device) => device,
@@ -26,7 +26,9 @@ fn main() -> Result<()> {
             .collect();
         let Precision { weights, compute } = Precision::of(&device);
         let compute = format!("{compute:?}").to_lowercase();
-        println!("{name:<10} {:<16} {:<24} {compute}", supported.join(" "), format!("{weights:?}").to_lowercase());
+        let (supported, weights) = (supported.join(" "), format!("{weights:?}").to_lowercase());
+        let info = DeviceInfo::of(&device);
+        println!("{name:<10} {supported:<16} {weights:<24} {compute:<16} {info}");
     }
     Ok(())
 }

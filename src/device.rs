@@ -1,7 +1,13 @@
 //! Choosing a device by name: `"cpu"`, `"cuda:0"`, … -> a burn device that is really there, and what it computes in.
 
+use std::{
+    fmt::{self, Display, Formatter},
+    panic::AssertUnwindSafe,
+};
+
 use burn::tensor::{DType, Device, DeviceType, FloatDType, Tensor};
 use nexus_core::{checkpoint::LoadDType, failure_reason};
+use serde::{Deserialize, Serialize};
 
 /// Names of the backends and how burn calls them, in the order of preference for messages.
 fn compiled() -> Vec<(&'static str, DeviceType)> {
@@ -51,12 +57,65 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     Ok(device)
 }
 
-/// Lets the device add; OpenGL, which burn takes where there is no Vulkan, may run and give wrong sums.
-fn probe(device: &Device) -> Result<(), String> {
-    let sum = Tensor::<1>::ones([PROBE], (device, DType::F32)).sum();
-    let data = sum.try_into_data().map_err(|error| failure_reason(&error, device))?;
-    let sum = data.try_into_vec_as::<f32>().map_err(|error| error.to_string())?[0];
-    if sum == PROBE as f32 { Ok(()) } else { Err(format!("it adds {PROBE} ones to {sum}")) }
+/// Lets the device add; OpenGL, which burn takes where there is no Vulkan, may run and give wrong sums, and a device that
+/// was lost gives nothing back or panics.
+pub(crate) fn probe(device: &Device) -> Result<(), String> {
+    let adds = || {
+        let sum = Tensor::<1>::ones([PROBE], (device, DType::F32)).sum();
+        let data = sum.try_into_data().map_err(|error| failure_reason(&error, device))?;
+        let sums = data.try_into_vec_as::<f32>().map_err(|error| error.to_string())?;
+        let sum = sums.first().ok_or("a sum came back empty")?;
+        if *sum == PROBE as f32 { Ok(()) } else { Err(format!("it adds {PROBE} ones to {sum}")) }
+    };
+    std::panic::catch_unwind(AssertUnwindSafe(adds)).unwrap_or_else(|_| Err("its backend panics".to_string()))
+}
+
+/// What a device is called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// As it names itself; of a CPU its architecture.
+    pub name: String,
+    /// Its driver with the version, where WGPU tells.
+    pub driver: Option<String>,
+}
+
+impl DeviceInfo {
+    /// Asks the device, which is opened if it is not yet.
+    pub fn of(device: &Device) -> Self {
+        #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
+        if let Some(identity) = device.identity() {
+            return Self { driver: driver(&identity), name: identity.name };
+        }
+        let _ = device;
+        Self { name: format!("{} CPU", std::env::consts::ARCH), driver: None }
+    }
+}
+
+impl Display for DeviceInfo {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        self.driver.iter().try_for_each(|driver| write!(f, ", driver {driver}"))
+    }
+}
+
+/// The driver of the adapter that burn opened, found by its name and by the numbers of vendor and device, which WGPU's
+/// fingerprints end with.
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+fn driver(identity: &burn::tensor::DeviceIdentity) -> Option<String> {
+    use burn::tensor::wgpu::wgpu::{Backends, Instance};
+    use std::task::{Context, Poll, Waker};
+    let asked = std::pin::pin!(Instance::default().enumerate_adapters(Backends::all()));
+    // Outside of browsers the answer is there at once.
+    let Poll::Ready(adapters) = asked.poll(&mut Context::from_waker(Waker::noop())) else { return None };
+    let same = adapters.into_iter().map(|adapter| adapter.get_info()).find(|info| {
+        info.name == identity.name && identity.fingerprint.ends_with(&format!("_{}_{}", info.vendor, info.device))
+    });
+    same.map(|info| format!("{} {}", info.driver, info.driver_info).trim().to_string())
+}
+
+#[cfg(all(any(feature = "cuda", feature = "rocm"), not(any(feature = "wgpu", feature = "vulkan", feature = "metal"))))]
+fn driver(_: &burn::tensor::DeviceIdentity) -> Option<String> {
+    None
 }
 
 /// Names of all devices that are there, for [`device`], which tells whether one can be used; never panics when a driver
@@ -187,6 +246,8 @@ mod tests {
         assert!(device("cpu").is_ok() && device("cpu:0").is_ok());
         assert_eq!(device("cpu:1").err(), Some(DeviceError::NotFound { backend: "cpu", index: 1, found: 1 }));
         assert_eq!(devices()[0], "cpu");
+        let info = DeviceInfo::of(&device("cpu").unwrap());
+        assert_eq!((info.to_string(), info.driver), (format!("{} CPU", std::env::consts::ARCH), None));
     }
 
     #[cfg(feature = "flex")]

@@ -78,13 +78,21 @@ pub enum Error {
     /// The conversation has no picture that could be changed.
     #[error("there is no picture in the conversation to edit: send one with the message")]
     NothingToEdit,
-    /// The device failed while it computed: it was lost, or its memory was not enough.
+    /// The device failed while it computed, mostly because its memory was not enough.
     #[error(
         "the device failed to give a result back: {reason}; if its memory was not enough, draw a smaller picture or in \
          tiles, or load the model with quantised weights or one stage at a time"
     )]
     Read {
         /// What the backend said, and what the device's memory holds.
+        reason: String,
+    },
+    /// The device failed, and does not compute any more: it was taken away, or its driver was reset.
+    #[error(
+        "the device is lost ({reason}); what it held is gone: load the model on another device, or start the program again"
+    )]
+    DeviceLost {
+        /// What it did when it was asked to add.
         reason: String,
     },
     /// The observer stopped the request.

@@ -72,7 +72,7 @@ pub mod train;
 
 pub use burn::tensor::{Device, FloatDType};
 pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};
-pub use device::{DeviceError, Precision, device, devices};
+pub use device::{DeviceError, DeviceInfo, Precision, device, devices};
 pub use error::Error;
 pub use files::ModelFiles;
 pub use nexus::{Loader, Nexus};

@@ -1,13 +1,19 @@
 //! How one request runs through the stages: prompt -> reply -> picture, with progress and cancelling.
 
-use std::ops::ControlFlow;
+use std::{
+    ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+};
 
+use burn::tensor::Device;
 use nexus_core::ImageEmbeds;
-use nexus_data::{Alpha, Image, Language, Message, ModelInput, ProcessOptions, edit_prompt, generation_prompt};
+use nexus_data::{
+    Alpha, Image, Language, Message, ModelInput, Patches, ProcessOptions, edit_prompt, generation_prompt,
+};
 
 use crate::{
     Chat, ChatOptions, DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Nexus, Observer, Picture,
-    Progress, Reply, TextOptions,
+    Progress, Reply, TextOptions, device::probe,
 };
 
 /// The verbs of [`Nexus`] with an observer that hears progress and may cancel; made by [`Nexus::with_progress`].
@@ -93,8 +99,11 @@ impl<'a> Session<'a> {
     /// As [`Nexus::reply_to`], and [`Error::Cancelled`].
     pub fn reply_to(&mut self, input: ModelInput, options: &TextOptions) -> Result<Reply, Error> {
         let ModelInput { text, token_ids, images } = input;
-        let images = self.nexus.stages.encode(images, &mut self.observer)?;
-        let generation = self.nexus.generate_tokens(&token_ids, &images, options, &mut self.observer)?;
+        let device = self.nexus.stages.device.clone();
+        let generation = on_device(&device, || {
+            let images = self.nexus.stages.encode(images, &mut self.observer)?;
+            self.nexus.generate_tokens(&token_ids, &images, options, &mut self.observer)
+        })?;
         let text_of_reply = self.nexus.processor.decode_reply(generation.new_token_ids())?;
         Ok(Reply { text: text_of_reply, prompt: text, generation })
     }
@@ -106,7 +115,7 @@ impl<'a> Session<'a> {
     pub fn embed(&mut self, image: &Image, max_pixels: usize) -> Result<ImageEmbeds, Error> {
         let processor = self.nexus.processor.image_processor();
         let patches = processor.patches(&processor.bound(image, max_pixels)?)?;
-        self.nexus.stages.encode_one(patches, &mut self.observer)
+        self.encode(patches)
     }
 
     /// See [`Nexus::reference`].
@@ -115,7 +124,12 @@ impl<'a> Session<'a> {
     /// As [`Nexus::reference`], and [`Error::Cancelled`].
     pub fn reference(&mut self, image: &Image) -> Result<ImageEmbeds, Error> {
         let patches = self.nexus.processor.image_processor().reference_patches(image)?;
-        self.nexus.stages.encode_one(patches, &mut self.observer)
+        self.encode(patches)
+    }
+
+    fn encode(&mut self, patches: Patches) -> Result<ImageEmbeds, Error> {
+        let device = self.nexus.stages.device.clone();
+        on_device(&device, || self.nexus.stages.encode_one(patches, &mut self.observer))
     }
 
     /// See [`Nexus::draw`].
@@ -130,8 +144,12 @@ impl<'a> Session<'a> {
             log::warn!("{}x{} is not a multiple of 16 pixels: drawing {width}x{height}", asked.0, asked.1);
             emit(&mut self.observer, Progress::SizeRounded { asked, used: (width, height) })?;
         }
-        let latents = self.nexus.stages.denoise(embeds, with, size, options, &mut self.observer)?;
-        let image = self.nexus.stages.decode(latents.clone(), options.tiled, &mut self.observer)?;
+        let device = self.nexus.stages.device.clone();
+        let (latents, image) = on_device(&device, || {
+            let latents = self.nexus.stages.denoise(embeds, with, size, options, &mut self.observer)?;
+            let image = self.nexus.stages.decode(latents.clone(), options.tiled, &mut self.observer)?;
+            Ok((latents, image))
+        })?;
         let reference = match with {
             DrawWith::EditingDecoder { reference } => reference.cloned(),
             DrawWith::GenerationDecoder => None,
@@ -143,6 +161,16 @@ impl<'a> Session<'a> {
     pub fn chat(self, options: ChatOptions) -> Chat<'a> {
         Chat::new(self, options)
     }
+}
+
+/// Runs a part of a request. If it fails, or a backend panics, and the device does not compute any more, that is the error;
+/// any other panic goes on.
+fn on_device<T>(device: &Device, part: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let result = catch_unwind(AssertUnwindSafe(part));
+    if !matches!(result, Ok(Ok(_) | Err(Error::Cancelled))) {
+        probe(device).map_err(|reason| Error::DeviceLost { reason })?;
+    }
+    result.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Passes an event on; a break becomes [`Error::Cancelled`].

@@ -38,7 +38,7 @@ pub(crate) struct Stages {
     config: ArConfig,
     vision_config: VisionConfig,
     language_model: Checkpoint,
-    device: Device,
+    pub(crate) device: Device,
     options: LoadOptions,
     residency: Residency,
     vision_encoder: Option<VisionEncoder>,

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use nexus::{
-    FloatDType, Precision, Quantization,
+    DeviceInfo, FloatDType, Precision, Quantization,
     core::checkpoint::{Checkpoint, LoadDType, Manifest},
 };
 use nexus_core::testing::{fixtures_dir, random_models_dir};
@@ -58,6 +58,8 @@ enum Dtype {
 #[derive(serde::Serialize)]
 struct Certificate {
     device: String,
+    /// What the device and its driver are called.
+    info: DeviceInfo,
     dtype: String,
     quantization: Option<Quantization>,
     nexus: &'static str,
@@ -76,6 +78,7 @@ fn main() -> Result<ExitCode> {
     let device = nexus::device(&args.device)?;
     let precision = args.dtype.map_or_else(|| Precision::of(&device), Dtype::precision);
     precision.check(&device)?;
+    let info = DeviceInfo::of(&device);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nexus-tiny");
     let quantization = args.quantize.map(Quantization::from);
     let setting = Setting { random: random_models_dir(), tiny, device, precision, quantization };
@@ -93,7 +96,8 @@ fn main() -> Result<ExitCode> {
     }
 
     let linear = quantization.map(|quantization| format!(", linear layers {quantization:?}")).unwrap_or_default();
-    println!("{} in {:?}, weights {:?}{linear}\n", args.device, precision.compute, precision.weights);
+    println!("{} in {:?}, weights {:?}{linear}", args.device, precision.compute, precision.weights);
+    println!("{info}\n");
     println!("{:<28} {:>9} {:>9} {:>9}  verdict", "stage", "drift", "limit", "seconds");
     let stages: Vec<Verdict> = STAGES.into_iter().map(|(stage, run)| show(verify(stage, run, &setting))).collect();
     let passes = stages.iter().all(Verdict::passes);
@@ -107,6 +111,7 @@ fn main() -> Result<ExitCode> {
     if let Some(path) = &args.json {
         let certificate = Certificate {
             device: args.device,
+            info,
             dtype: format!("{:?}", precision.compute),
             quantization,
             nexus: env!("CARGO_PKG_VERSION"),

@@ -1,0 +1,34 @@
+//! A GPU that is lost while it is in use: an error, and the process goes on with another device.
+#![cfg(feature = "wgpu")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test may panic")]
+
+use burn::tensor::Device;
+use nexus::{DeviceInfo, Error, GenerateOptions, Image, Nexus};
+use nexus_core::testing::random_models_dir;
+
+#[test]
+fn a_lost_adapter_is_an_error_and_the_process_stays_usable() {
+    let Ok((device, setup)) = Device::wgpu_options().init_with_setup() else {
+        eprintln!("skipped: no adapter for WGPU");
+        return;
+    };
+    let adapter = setup.adapter.get_info();
+    let DeviceInfo { name, driver } = DeviceInfo::of(&device);
+    assert_eq!(name, adapter.name);
+    assert_eq!(driver.unwrap(), format!("{} {}", adapter.driver, adapter.driver_info).trim());
+
+    let image = Image::from_rgb8(56, 56, (0..3 * 56 * 56).map(|i| (i % 251) as u8).collect()).unwrap();
+    let embed = |nexus: &mut Nexus| nexus.embed(&image, 56 * 56);
+    let mut nexus = Nexus::load(random_models_dir(), &device).unwrap();
+    let before = embed(&mut nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
+    setup.device.destroy();
+    for _ in 0..2 {
+        let error = nexus.generate("a red circle", &GenerateOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
+        assert!(error.to_string().contains("another device"), "{error}");
+    }
+    let mut nexus = Nexus::load(random_models_dir(), &nexus::device("cpu").unwrap()).unwrap();
+    let after = embed(&mut nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
+    let apart = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(before.len() == after.len() && apart < 1e-3, "{apart}");
+}
