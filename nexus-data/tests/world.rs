@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use nexus_data::{
     Image, Language, Message, Role,
     world::{
-        Colour, Emphasis, Kind, Object, Place, Scene, Shape, Split, Task, World, changed_region, is_held_out, judge,
-        psnr_outside, read_scene,
+        Colour, Emphasis, Kind, Object, Place, Scene, Shape, Split, Task, Variation, World, changed_region,
+        is_held_out, judge, psnr_outside, read_scene,
     },
 };
 use sha2::{Digest, Sha256};
@@ -111,6 +111,56 @@ fn kinds_can_be_chosen() {
         let any = world.sample_of(Task::Generation, &[], Split::Train, index);
         assert_eq!(any, world.sample(Task::Generation, Split::Train, index));
     }
+}
+
+#[test]
+fn a_mix_is_a_shade_of_the_nearest_colour() {
+    for colour in Colour::ALL {
+        assert_eq!(Colour::nearest(colour.rgb()), colour);
+    }
+    assert_eq!(Colour::nearest([0, 0, 0]), Colour::Black);
+    // From green to cyan, just before the middle and just after it.
+    assert_eq!([Colour::nearest([22, 166, 130]), Colour::nearest([22, 169, 140])], [Colour::Green, Colour::Cyan]);
+}
+
+#[test]
+fn objects_in_shades_keep_the_colours_that_they_are_shades_of() {
+    let world = World::new(15);
+    let mut shaded = BTreeSet::new();
+    for index in 0..count(300) {
+        let scene = &world.sample(Task::Editing, Split::Train, index).scenes[0];
+        let variation = Variation { shades: true, seed: index, ..Variation::default() };
+        let (plain, picture) = (scene.render(), scene.render_with(variation));
+        assert_eq!(picture.rgb(), scene.render_with(variation).rgb());
+        assert_ne!(picture.rgb(), scene.render_with(Variation { seed: index + 1, ..variation }).rgb());
+        let pixel = |picture: &Image, x: usize, y: usize| -> [u8; 3] {
+            picture.rgb()[3 * (y * picture.width_px() + x)..][..3].try_into().unwrap()
+        };
+        assert_eq!(pixel(&picture, 0, 0), pixel(&plain, 0, 0), "the background stays");
+        let alone = |object: &&Object| scene.objects.iter().filter(|other| other.place == object.place).count() == 1;
+        for object in scene.objects.iter().filter(alone) {
+            let middle = |part: u8| 24 + 48 * usize::from(part);
+            let found = pixel(&picture, middle(object.place.column()), middle(object.place.row()));
+            assert_eq!(Colour::nearest(found), object.colour, "{object:?} {found:?}");
+            shaded.extend((found != object.colour.rgb()).then_some(object.colour as u8));
+        }
+    }
+    assert_eq!(shaded.len(), Colour::ALL.len());
+}
+
+#[test]
+fn a_world_of_shades_has_them_in_pictures_to_be_asked_about() {
+    let (plain, shaded) = (World::new(15), World::new(15).with_shades(true));
+    let mut changed = 0;
+    for index in 0..40 {
+        let [one, other] = [plain, shaded].map(|world| world.sample(Task::Understanding, Split::Train, index));
+        assert_eq!((&one.prompt, &one.scenes), (&other.prompt, &other.scenes));
+        changed += usize::from(hash(&one.messages) != hash(&other.messages));
+        let [one, other] = [plain, shaded].map(|world| world.sample(Task::Generation, Split::Train, index));
+        assert_eq!(one, other);
+    }
+    // A shade may be the colour itself.
+    assert!(changed >= 35, "{changed} of 40");
 }
 
 #[test]

@@ -23,7 +23,8 @@ struct Seen<'a> {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Looks {
     /// In one layer, where things are found. The token before the first of an answer looks at the places of the latest
-    /// image that the answer is about. The tokens that predict an object of a picture look at what the object comes from:
+    /// image that the answer is about. The last token of a name in a question about that image looks at the places of all
+    /// that have the name. The tokens that predict an object of a picture look at what the object comes from:
     /// what stood in its place in the latest image, or the same object in another place of it, or else the words that name
     /// it. The tokens that predict the words of an answer that describe an object look at its place in the latest image.
     pub(super) attended: Vec<Attended>,
@@ -49,6 +50,7 @@ pub(super) fn looks_of(input: &TrainingInput, places: &[Vec<Place>], scenes: &[S
             about = answers.next().map_or(&[], Vec::as_slice);
             if let Some(seen) = latest {
                 attended.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(about) });
+                attended.extend(seen.named(input, asked..index));
             }
         }
         if token_ids[index] == image_token && token_ids[index - 1] != image_token {
@@ -113,22 +115,40 @@ impl Seen<'_> {
         Place::ALL.into_iter().filter(said).map(looks).collect()
     }
 
+    /// For every name that objects of this picture have and that comes in a part of the conversation after it, the last
+    /// token of the name, and the places of the objects.
+    fn named(&self, input: &TrainingInput, part: Range<usize>) -> Vec<Attended> {
+        let part = part.start.max(self.start + self.grid.num_merged_tokens())..part.end;
+        let names = self.alike(|object| LANGUAGES.map(|language| object.name(language)));
+        let named = names.into_iter().map(|(names, places)| {
+            let queries = tokens_of(&names, input, part.clone()).last().copied().into_iter().collect();
+            Attended { sample: 0, queries, tokens: self.tokens_of(&places) }
+        });
+        named.collect()
+    }
+
     /// For every object of this picture that an answer describes, the tokens that predict the words, and its place;
     /// objects that are alike share their words and their places.
     fn described(&self, input: &TrainingInput, answer: Range<usize>) -> Vec<Attended> {
-        let mut alike: Vec<([String; 2], Vec<Place>)> = Vec::new();
-        for object in self.scene.iter().flat_map(|scene| &scene.objects) {
-            let words = LANGUAGES.map(|language| object.description(language));
-            match alike.iter_mut().find(|(others, _)| *others == words) {
-                Some((_, places)) => places.push(object.place),
-                None => alike.push((words, vec![object.place])),
-            }
-        }
+        let alike = self.alike(|object| LANGUAGES.map(|language| object.description(language)));
         let told = alike.into_iter().map(|(words, places)| {
             let queries = tokens_of(&words, input, answer.clone()).into_iter().map(|token| token - 1).collect();
             Attended { sample: 0, queries, tokens: self.tokens_of(&places) }
         });
         told.collect()
+    }
+
+    /// What objects of this picture are called, and the places of those that are called so.
+    fn alike(&self, called: impl Fn(&Object) -> [String; 2]) -> Vec<([String; 2], Vec<Place>)> {
+        let mut alike: Vec<([String; 2], Vec<Place>)> = Vec::new();
+        for object in self.scene.iter().flat_map(|scene| &scene.objects) {
+            let words = called(object);
+            match alike.iter_mut().find(|(others, _)| *others == words) {
+                Some((_, places)) => places.push(object.place),
+                None => alike.push((words, vec![object.place])),
+            }
+        }
+        alike
     }
 }
 
@@ -299,6 +319,38 @@ mod tests {
                 assert_eq!(unsaid, to, "{}", input.text);
             }
         }
+    }
+
+    #[test]
+    fn names_in_a_question_look_at_all_that_have_the_name() {
+        let mut several = 0;
+        for kind in [Kind::Compare, Kind::Presence, Kind::Where] {
+            for (sample, input, Looks { attended, .. }) in samples(Task::Understanding, kind) {
+                let (start, objects) = (first_pad(&input), &sample.scenes[0].objects);
+                let asked = |object: &Object| sample.prompt.contains(&object.name(sample.language));
+                let names: BTreeSet<String> =
+                    objects.iter().filter(|object| asked(object)).map(|object| object.name(sample.language)).collect();
+                let finder = input.labels.iter().position(Option::is_some).unwrap() - 1;
+                let named: Vec<&Attended> = attended.iter().filter(|looks| looks.queries != [finder]).collect();
+                assert_eq!(named.len(), names.len(), "{}", input.text);
+                several += usize::from(names.len() > 1);
+                for Attended { queries, tokens, .. } in named {
+                    let before: Vec<usize> = (start + 81..queries[0] + 1).collect();
+                    let text = text_of(&input, &before);
+                    let name = names.iter().find(|name| {
+                        let rest = text.rfind(*name).map(|at| &text[at + name.len()..]);
+                        rest.is_some_and(|rest| rest.chars().count() <= 1)
+                    });
+                    let name = name.unwrap_or_else(|| panic!("{text} of {}", input.text));
+                    let here = objects.iter().filter(|object| object.name(sample.language) == *name);
+                    let expected: BTreeSet<Place> = here.map(|object| object.place).collect();
+                    let found: BTreeSet<Place> =
+                        tokens.iter().map(|&token| token_places(9, 9)[token - start]).collect();
+                    assert_eq!((found, tokens.len()), (expected.clone(), 9 * expected.len()), "{}", input.text);
+                }
+            }
+        }
+        assert!(several > 40);
     }
 
     #[test]

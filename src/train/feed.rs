@@ -41,8 +41,8 @@ impl Feed {
         rejected: u64,
     ) -> Result<Self, TrainError> {
         let sources = stage.data.iter().map(|data| match &data.source {
-            Source::World { seed, task, kinds, emphasis } => {
-                let world = World::new(*seed).with_emphasis(*emphasis);
+            Source::World { seed, task, kinds, emphasis, shades } => {
+                let world = World::new(*seed).with_emphasis(*emphasis).with_shades(*shades);
                 Ok(OpenSource::World { world, task: *task, kinds: kinds.clone() })
             }
             Source::Messages { path } => Ok(OpenSource::Messages(MessagesFile::open(path)?)),

@@ -24,6 +24,8 @@ pub(super) struct Rules {
     /// [`Split::HeldOut`]: the first pair of colour and shape is one that training has not, the others any.
     pub(super) split: Split,
     pub(super) emphasis: Option<Emphasis>,
+    /// Pictures to be asked about show shades of the colours.
+    pub(super) shades: bool,
 }
 
 impl Rules {

@@ -2,7 +2,7 @@
 
 use super::reader::read_scene;
 use super::render::SIDE_PX;
-use super::scene::{Background, Object, Place, Scene, Style};
+use super::scene::{Background, Colour, Object, Place, Scene, Style};
 use crate::{Image, Language};
 
 /// What a picture shows otherwise than it should.
@@ -108,7 +108,7 @@ const MARGIN_PX: usize = 3;
 
 /// Where two scenes differ, with a margin of 3 pixels: `[height, width]`, row by row.
 pub fn changed_region(before: &Scene, after: &Scene) -> Vec<bool> {
-    let (before, after) = (before.levels(), after.levels());
+    let (before, after) = (before.levels(Colour::rgb), after.levels(Colour::rgb));
     let pixels = before.chunks_exact(3).zip(after.chunks_exact(3));
     let differs: Vec<bool> =
         pixels.map(|(before, after)| before.iter().zip(after).any(|(a, b)| (a - b).abs() > 0.5)).collect();

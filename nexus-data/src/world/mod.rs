@@ -38,7 +38,7 @@ pub use self::compose::canonical_places;
 pub use self::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
 pub use self::labels::{LABEL_CLASSES, TokenLabels, token_places};
 pub use self::reader::{Reading, read_scene};
-pub use self::render::{PLACE_PX, PixelNoise, SIDE_PX};
+pub use self::render::{PLACE_PX, SIDE_PX, Variation};
 pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
 
 /// What a sample asks for.
@@ -171,6 +171,7 @@ pub struct Sample {
 pub struct World {
     seed: u64,
     emphasis: Option<Emphasis>,
+    shades: bool,
 }
 
 /// What the samples of a world can be full of, because models find it hard and it is rare otherwise.
@@ -198,12 +199,17 @@ const CHINESE_PERCENT: usize = 25;
 impl World {
     /// The world of a seed.
     pub fn new(seed: u64) -> Self {
-        Self { seed, emphasis: None }
+        Self { seed, emphasis: None, shades: false }
     }
 
     /// The same world with samples that are full of something; the usual ones without.
     pub fn with_emphasis(self, emphasis: Option<Emphasis>) -> Self {
         Self { emphasis, ..self }
+    }
+
+    /// The same world, with shades of the colours ([`Variation::shades`]) in pictures to be asked about.
+    pub fn with_shades(self, shades: bool) -> Self {
+        Self { shades, ..self }
     }
 
     /// One of its samples.
@@ -218,7 +224,7 @@ impl World {
         let mut draws = Draws::new(self.seed, 16 * (task as u64 + 1) + split as u64, index);
         let mut kind = draws.one(if kinds.is_empty() { task.kinds() } else { kinds });
         let language = if draws.percent(CHINESE_PERCENT) { Language::Chinese } else { Language::English };
-        let rules = Rules { split, emphasis: self.emphasis };
+        let rules = Rules { split, emphasis: self.emphasis, shades: self.shades };
         let mut conversation = Conversation::default();
         let prompt = match (task, kind) {
             (Task::Understanding, _) => conversation.question(&mut kind, language, rules, &mut draws),
@@ -269,8 +275,10 @@ impl Conversation {
         let Asked { kind: asked, question, answer, places } = questions::ask(*kind, &scene, language, draws);
         *kind = asked;
         // Pictures of other sources are never quite clean.
-        let noise = draws.percent(30).then(|| PixelNoise { amplitude: 6, seed: draws.below(1 << 30) as u64 });
-        let image = scene.render_with(noise);
+        let noise = if draws.percent(30) { 6 } else { 0 };
+        let varied = noise > 0 || rules.shades;
+        let seed = if varied { draws.below(1 << 30) as u64 } else { 0 };
+        let image = scene.render_with(Variation { noise, shades: rules.shades, seed });
         self.messages.push(Message::user().with_image(image).with_text(question.clone()));
         self.messages.push(Message::assistant().with_text(answer));
         self.scenes.push(scene);

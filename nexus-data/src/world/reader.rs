@@ -112,7 +112,7 @@ struct Canvas<'a> {
 impl<'a> Canvas<'a> {
     fn new(levels: &'a [f32], background: Background, style: Style) -> Self {
         let empty = Scene { background, style, objects: vec![] };
-        Self { levels, background, style, drawn: empty.levels() }
+        Self { levels, background, style, drawn: empty.levels(Colour::rgb) }
     }
 
     /// The objects in a place, and the sum of squares that they leave.
@@ -160,7 +160,7 @@ impl<'a> Canvas<'a> {
             }
         }
         for object in objects {
-            draw(&mut self.drawn, object, self.style);
+            draw(&mut self.drawn, object, object.colour.rgb(), self.style);
         }
         let row = |y: usize| 3 * (y * SIDE_PX + left)..3 * (y * SIDE_PX + left + PLACE_PX);
         let squares = (top..top + PLACE_PX).map(|y| {
@@ -178,7 +178,7 @@ fn all_pairs() -> impl Iterator<Item = (Shape, Colour)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::world::{PixelNoise, Split, Task, World};
+    use crate::world::{Split, Task, Variation, World};
 
     fn scenes(count: u64) -> impl Iterator<Item = Scene> {
         let world = World::new(77);
@@ -208,7 +208,7 @@ mod tests {
     fn clean_and_noisy_pictures_are_read() {
         let count = if cfg!(debug_assertions) { 60 } else { 1500 };
         assert!(share_read(count, Scene::render) >= 0.995);
-        let noise = Some(PixelNoise { amplitude: 12, seed: 5 });
+        let noise = Variation { noise: 12, seed: 5, ..Variation::default() };
         assert!(share_read(count, |scene| scene.render_with(noise)) >= 0.99);
     }
 

@@ -5,7 +5,7 @@
 //! plain background could not say where it lies; light that depends on the place lets every patch say so.
 
 use super::draws::Draws;
-use super::scene::{Object, Scene, Shape, Size, Style, Texture};
+use super::scene::{Colour, Object, Scene, Shape, Size, Style, Texture};
 use crate::Image;
 
 /// Side of a picture, in pixels.
@@ -20,28 +20,31 @@ const LIGHT: f32 = 14.0;
 const OUTLINE_PX: f32 = 3.0;
 const OUTLINE_RGB: [f32; 3] = [60.0, 52.0, 48.0];
 
-/// Noise of a picture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PixelNoise {
-    /// Largest change of a level of 255.
-    pub amplitude: u8,
-    /// Seed of the changes.
+/// How a picture differs from the plain drawing of its scene; the default does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Variation {
+    /// Largest change of every value, in levels of 255.
+    pub noise: u8,
+    /// Whether every object has a shade of its colour ([`Colour::nearest`]) instead of the colour.
+    pub shades: bool,
+    /// Seed of the noise and of the shades.
     pub seed: u64,
 }
 
 impl Scene {
     /// Draws the scene.
     pub fn render(&self) -> Image {
-        self.render_with(None)
+        self.render_with(Variation::default())
     }
 
-    /// Draws the scene, with noise on every value.
-    pub fn render_with(&self, noise: Option<PixelNoise>) -> Image {
-        let mut levels = self.levels();
-        if let Some(PixelNoise { amplitude, seed }) = noise {
+    /// Draws the scene with a variation.
+    pub fn render_with(&self, Variation { noise, shades, seed }: Variation) -> Image {
+        let mut shading = Draws::new(seed, 0x7368_6164_6573, 0);
+        let mut levels = self.levels(|colour| if shades { shade(colour, &mut shading) } else { colour.rgb() });
+        if noise > 0 {
             let mut draws = Draws::new(seed, 0x006e_6f69_7365, 0);
             for level in &mut levels {
-                *level += draws.below(2 * usize::from(amplitude) + 1) as f32 - f32::from(amplitude);
+                *level += draws.below(2 * usize::from(noise) + 1) as f32 - f32::from(noise);
             }
         }
         let bytes = levels.into_iter().map(|level| level.clamp(0.0, 255.0).round() as u8).collect();
@@ -49,8 +52,8 @@ impl Scene {
         Image::from_rgb8(SIDE_PX, SIDE_PX, bytes).unwrap_or_else(|_| unreachable!("a buffer of the picture's size"))
     }
 
-    /// `[height, width, 3]`, in levels of 255.
-    pub(super) fn levels(&self) -> Vec<f32> {
+    /// `[height, width, 3]`, in levels of 255; every object is painted in what `paint` makes of its colour.
+    pub(super) fn levels(&self, mut paint: impl FnMut(Colour) -> [u8; 3]) -> Vec<f32> {
         let mut levels = Vec::with_capacity(3 * SIDE_PX * SIDE_PX);
         for y in 0..SIDE_PX {
             for x in 0..SIDE_PX {
@@ -58,7 +61,7 @@ impl Scene {
             }
         }
         for object in &self.objects {
-            draw(&mut levels, object, self.style);
+            draw(&mut levels, object, paint(object.colour), self.style);
         }
         levels
     }
@@ -71,8 +74,21 @@ pub(super) fn background_level(rgb: [u8; 3], x: usize, y: usize) -> [f32; 3] {
     [red + light(x), green, blue + light(y)]
 }
 
+/// A mix of the colour with any other that is still nearest to it.
+fn shade(colour: Colour, draws: &mut Draws) -> [u8; 3] {
+    loop {
+        let share = draws.below(101) as f32 / 100.0;
+        let mixed =
+            colour.rgb().map(|level| (f32::from(level) + share * (draws.below(256) as f32 - f32::from(level))).round());
+        let mixed = mixed.map(|level| level as u8);
+        if Colour::nearest(mixed) == colour {
+            return mixed;
+        }
+    }
+}
+
 /// Lays an object over the levels.
-pub(super) fn draw(levels: &mut [f32], object: &Object, style: Style) {
+pub(super) fn draw(levels: &mut [f32], object: &Object, rgb: [u8; 3], style: Style) {
     let place_px = PLACE_PX as f32;
     let centre = |at: u8| (f32::from(at) + 0.5) * place_px - 0.5;
     let (centre_x, centre_y) = (centre(object.place.column()), centre(object.place.row()));
@@ -80,7 +96,7 @@ pub(super) fn draw(levels: &mut [f32], object: &Object, style: Style) {
         Size::Large => 1.0,
         Size::Small => 0.56,
     };
-    let colour = object.colour.rgb().map(f32::from);
+    let colour = rgb.map(f32::from);
     let light = colour.map(|level| level + 0.62 * (255.0 - level));
     let period = if object.size == Size::Large { 10.0 } else { 7.0 };
     let (left, top) = (usize::from(object.place.column()) * PLACE_PX, usize::from(object.place.row()) * PLACE_PX);

@@ -157,6 +157,17 @@ impl Colour {
             Self::Black => [28, 28, 32],
         }
     }
+
+    /// The colour that a mix of red, green and blue is a shade of: the nearest one.
+    pub fn nearest(rgb: [u8; 3]) -> Self {
+        let distance = |colour: Self| {
+            let differences = colour.rgb().into_iter().zip(rgb).map(|(own, other)| u32::from(own.abs_diff(other)));
+            differences.map(|difference| difference * difference).sum::<u32>()
+        };
+        Self::ALL
+            .into_iter()
+            .fold(Self::Red, |near, colour| if distance(colour) < distance(near) { colour } else { near })
+    }
 }
 
 impl Size {
