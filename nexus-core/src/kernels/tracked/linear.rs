@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use burn::tensor::Tensor;
+use gemm::Parallelism;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +21,7 @@ use super::{
     sums::column_sums,
 };
 
-/// Most elements of the smaller sides of a product that is ours, which packs nothing: beyond, the backend's is faster.
+/// Most elements of the smaller sides of a product that is ours, which packs nothing: beyond, packed panels are faster.
 const MAX_SMALL: usize = 1 << 17;
 /// Rows of a task.
 const BLOCK_ROWS: usize = 96;
@@ -159,21 +160,62 @@ enum Turned {
     Right,
 }
 
+/// `left` times `right`, element `(inner, column)` at `inner * right_strides[0] + column * right_strides[1]`, through
+/// packed panels.
+fn packed_product([m, n, k]: [usize; 3], left: Left<'_>, right: &[f32], right_strides: [usize; 2]) -> Vec<f32> {
+    let last = |rows: usize, columns: usize, strides: [usize; 2]| (rows - 1) * strides[0] + (columns - 1) * strides[1];
+    assert!(m > 0 && n > 0 && k > 0);
+    assert!(last(m, k, left.strides) < left.values.len() && last(k, n, right_strides) < right.len());
+    let [left_row, left_column] = left.strides.map(|stride| stride as isize);
+    let [right_row, right_column] = right_strides.map(|stride| stride as isize);
+    let mut result = Vec::with_capacity(m * n);
+    // SAFETY: the asserts above for what is read; what is written has this capacity, is written whole, as nothing of it
+    // is read, and is no part of what is read.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            result.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            left.values.as_ptr(),
+            left_column,
+            left_row,
+            right.as_ptr(),
+            right_column,
+            right_row,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::Rayon(0),
+        );
+        result.set_len(m * n);
+    }
+    result
+}
+
 /// A product of matrices: by our own tiles where its columns are whole vectors and the weights stay in the cache, else
-/// by the backend.
+/// through packed panels.
 fn multiply(left: &Tensor<2>, right: &Tensor<2>, turned: Turned) -> Tensor<2> {
     let ([rows, columns], [right_rows, right_columns]) = (left.dims(), right.dims());
     let (m, k) = if turned == Turned::Left { (columns, rows) } else { (rows, columns) };
     let n = if turned == Turned::Right { right_rows } else { right_columns };
     let views = [left, right].map(|tensor| View::f32(tensor).map(View::into_contiguous));
     let slices = views.each_ref().map(|view| view.as_ref().and_then(|view| view.contiguous::<f32>()));
-    let small = n.is_multiple_of(16) && n * m.min(k) <= MAX_SMALL && m > 4;
-    let (true, [Some(left_values), Some(right_values)]) = (small, slices) else {
+    let [Some(left_values), Some(right_values)] = slices else {
         let turn = |tensor: &Tensor<2>, yes: bool| if yes { tensor.clone().transpose() } else { tensor.clone() };
         return turn(left, turned == Turned::Left).matmul(turn(right, turned == Turned::Right));
     };
     let strides = if turned == Turned::Left { [1, columns] } else { [columns, 1] };
     let left = Left { values: left_values, strides };
+    if !n.is_multiple_of(16) || n * m.min(k) > MAX_SMALL || m <= 4 {
+        let strides = if turned == Turned::Right { [1, right_columns] } else { [right_columns, 1] };
+        return wrap(packed_product([m, n, k], left, right_values, strides), [m, n]);
+    }
     if turned != Turned::Right {
         return wrap(product([m, n, k], left, right_values), [m, n]);
     }
