@@ -149,18 +149,22 @@ fn objects_in_shades_keep_the_colours_that_they_are_shades_of() {
 }
 
 #[test]
-fn a_world_of_shades_has_them_in_pictures_to_be_asked_about() {
+fn a_world_of_shades_has_them_in_all_pictures_but_those_of_edits() {
     let (plain, shaded) = (World::new(15), World::new(15).with_shades(true));
     let mut changed = 0;
     for index in 0..40 {
-        let [one, other] = [plain, shaded].map(|world| world.sample(Task::Understanding, Split::Train, index));
-        assert_eq!((&one.prompt, &one.scenes), (&other.prompt, &other.scenes));
-        changed += usize::from(hash(&one.messages) != hash(&other.messages));
-        let [one, other] = [plain, shaded].map(|world| world.sample(Task::Generation, Split::Train, index));
+        for task in [Task::Understanding, Task::Generation, Task::Reconstruction] {
+            let [one, other] = [plain, shaded].map(|world| world.sample(task, Split::Train, index));
+            assert_eq!((&one.prompt, &one.scenes), (&other.prompt, &other.scenes));
+            changed += usize::from(hash(&one.messages) != hash(&other.messages));
+        }
+        let again = images(&shaded.sample(Task::Reconstruction, Split::Train, index).messages);
+        assert_eq!(again[0].rgb(), again[1].rgb());
+        let [one, other] = [plain, shaded].map(|world| world.sample(Task::Editing, Split::Train, index));
         assert_eq!(one, other);
     }
     // A shade may be the colour itself.
-    assert!(changed >= 35, "{changed} of 40");
+    assert!(changed >= 110, "{changed} of 120");
 }
 
 #[test]

@@ -168,7 +168,7 @@ pub enum Source {
         /// What the samples are full of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         emphasis: Option<world::Emphasis>,
-        /// Whether pictures to be asked about show shades of the colours.
+        /// Whether pictures, but for those of edits, show shades of the colours.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         shades: bool,
     },

@@ -2,6 +2,7 @@
 
 use super::draws::Draws;
 use super::phrases::{Detail, description, list, one, placed, prompt, several};
+use super::render::Variation;
 use super::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, either, is_held_out};
 use super::{Emphasis, Kind, Split};
 use crate::Language;
@@ -24,11 +25,17 @@ pub(super) struct Rules {
     /// [`Split::HeldOut`]: the first pair of colour and shape is one that training has not, the others any.
     pub(super) split: Split,
     pub(super) emphasis: Option<Emphasis>,
-    /// Pictures to be asked about show shades of the colours.
+    /// Pictures show shades of the colours, but for those of edits.
     pub(super) shades: bool,
 }
 
 impl Rules {
+    /// How a picture is drawn, with so much noise.
+    pub(super) fn variation(self, noise: u8, draws: &mut Draws) -> Variation {
+        let varies = noise > 0 || self.shades;
+        Variation { noise, shades: self.shades, seed: if varies { draws.below(1 << 30) as u64 } else { 0 } }
+    }
+
     /// Whether this is what the samples are to be full of.
     pub(super) fn emphasises(self, emphasis: Emphasis) -> bool {
         self.emphasis == Some(emphasis)

@@ -207,7 +207,9 @@ impl World {
         Self { emphasis, ..self }
     }
 
-    /// The same world, with shades of the colours ([`Variation::shades`]) in pictures to be asked about.
+    /// The same world, with shades of the colours ([`Variation::shades`]) in all pictures but those of edits.
+    ///
+    /// Nothing tells a shade from another: pictures of descriptions in shades are for what draws embeddings of pictures.
     pub fn with_shades(self, shades: bool) -> Self {
         Self { shades, ..self }
     }
@@ -276,9 +278,7 @@ impl Conversation {
         *kind = asked;
         // Pictures of other sources are never quite clean.
         let noise = if draws.percent(30) { 6 } else { 0 };
-        let varied = noise > 0 || rules.shades;
-        let seed = if varied { draws.below(1 << 30) as u64 } else { 0 };
-        let image = scene.render_with(Variation { noise, shades: rules.shades, seed });
+        let image = scene.render_with(rules.variation(noise, draws));
         self.messages.push(Message::user().with_image(image).with_text(question.clone()));
         self.messages.push(Message::assistant().with_text(answer));
         self.scenes.push(scene);
@@ -299,16 +299,17 @@ impl Conversation {
         // A prompt of the world is never empty, which is all that can be wrong with one.
         let asked = generation_prompt(&prompt, language).unwrap_or_else(|_| prompt.clone());
         self.messages.push(Message::text(asked));
-        self.answer(scene, vec![], language);
+        self.answer(scene, rules.variation(0, draws), vec![], language);
         prompt
     }
 
     fn reconstruction(&mut self, language: Language, rules: Rules, draws: &mut Draws) -> String {
         let scene = compose::free_scene(Place::ALL.len(), rules, draws);
         let asked = either(language, "Draw this picture again.", "请重画这张图。").to_string();
-        self.messages.push(Message::user().with_image(scene.render()).with_text(asked.clone()));
+        let variation = rules.variation(0, draws);
+        self.messages.push(Message::user().with_image(scene.render_with(variation)).with_text(asked.clone()));
         self.scenes.push(scene.clone());
-        self.answer(scene, vec![], language);
+        self.answer(scene, variation, vec![], language);
         asked
     }
 
@@ -320,7 +321,7 @@ impl Conversation {
         self.messages.push(Message::user().with_text(asked).with_image(before.render()));
         let places = changed_places(&before, &after);
         self.scenes.push(before);
-        self.answer(after, places, language);
+        self.answer(after, Variation::default(), places, language);
         instruction
     }
 
@@ -329,12 +330,12 @@ impl Conversation {
         let Change { instruction, after, .. } = edits::change(kind, before, language, draws);
         let places = changed_places(before, &after);
         self.messages.push(Message::text(instruction));
-        self.answer(after, places, language);
+        self.answer(after, Variation::default(), places, language);
     }
 
-    fn answer(&mut self, scene: Scene, places: Vec<Place>, language: Language) {
+    fn answer(&mut self, scene: Scene, variation: Variation, places: Vec<Place>, language: Language) {
         let text = either(language, "Here is the image: ", "这是图像：");
-        let image: Image = scene.render();
+        let image: Image = scene.render_with(variation);
         self.messages.push(Message::assistant().with_text(text).with_image(image));
         self.places.push(places);
         self.scenes.push(scene);
