@@ -14,15 +14,12 @@ pub struct Attended {
     pub queries: Vec<usize>,
     /// Where they should look, within the sample.
     pub tokens: Vec<usize>,
-    /// Whether they should look at all of these alike, or at any.
-    pub evenly: bool,
 }
 
 impl ArModel {
-    /// How far the attention is from the right tokens: `-log` of what goes to them, or, if they are to be looked at evenly, the
-    /// divergence of the attention from an even share for each of them, `mean(-log a) - log(count)`. It is the mean over
-    /// what `attended` lists, over the queries of each and over the first query head of every key head of a layer; `None`
-    /// if it lists nothing.
+    /// Cross entropy of looking at the right tokens: the mean of `-log` of the attention that goes to them, over what
+    /// `attended` lists, over the queries of each and over the first query head of every key head of a layer; `None` if
+    /// it lists nothing.
     ///
     /// # Shapes
     /// - `states`: `[rows, hidden]` of the batch, what goes into the layer
@@ -56,19 +53,10 @@ impl ArModel {
             for (row, (_, attended)) in right.chunks_mut(tokens).zip(&here) {
                 attended.tokens.iter().for_each(|&token| row[token] = 1.0);
             }
-            let per_row = |values: Vec<f32>| {
-                let data = TensorData::new(values, [1, here.len(), 1]);
-                Tensor::<3>::from_data(data, (&states.device(), DType::F32))
-            };
-            let counts = per_row(here.iter().map(|(_, attended)| attended.tokens.len() as f32).collect());
-            let evenly = per_row(here.iter().map(|(_, attended)| f32::from(u8::from(attended.evenly))).collect());
-            let right = TensorData::new(right, [1, here.len(), tokens]);
-            let right = Tensor::<3>::from_data(right, (&states.device(), DType::F32));
-            let logs = layer.log_attention(x, &rotary, &heads, &queries);
-            let any = ((logs.clone().exp() * right.clone()).sum_dim(2) + 1e-9).log();
-            let all = (logs * right).sum_dim(2) / counts.clone() + counts.log();
-            let looked: Tensor<3> = all * evenly.clone() + any * (evenly.neg() + 1.0);
-            losses.push(looked.reshape([-1]));
+            let right = TensorData::new(right, [here.len(), tokens]);
+            let right = Tensor::<2>::from_data(right, (&states.device(), DType::F32));
+            let weights = layer.log_attention(x, &rotary, &heads, &queries).exp();
+            losses.push((weights * right.unsqueeze::<3>()).sum_dim(2).reshape([-1]));
             let share = |(_, attended): &(usize, &Attended)| 1.0 / attended.queries.len() as f32;
             let of_sample: Vec<f32> = here.iter().map(share).collect();
             shares.extend(of_sample.repeat(heads.len()));
@@ -76,7 +64,7 @@ impl ArModel {
         (!losses.is_empty()).then(|| {
             let total: f32 = shares.iter().sum();
             let shares = Tensor::<1>::from_data(shares.as_slice(), (&states.device(), DType::F32));
-            (Tensor::cat(losses, 0) * shares).sum().neg() / total
+            ((Tensor::cat(losses, 0) + 1e-9).log() * shares).sum().neg() / total
         })
     }
 }
@@ -109,20 +97,16 @@ mod tests {
     fn attention_is_shared_out_among_what_comes_before() {
         let model = model();
         let both = TrainingBatch::new(vec![words(), editing()], &tiny()).unwrap();
-        let at = |sample, tokens: std::ops::Range<usize>| Attended {
-            sample,
-            queries: vec![10],
-            tokens: tokens.collect(),
-            evenly: false,
-        };
+        let at =
+            |sample, tokens: std::ops::Range<usize>| Attended { sample, queries: vec![10], tokens: tokens.collect() };
         assert!(loss(&model, &both, &[at(1, 0..11)]).abs() < 1e-5);
         assert!((loss(&model, &both, &[at(1, 11..20)]) + 1e-9f32.ln()).abs() < 1e-3);
         let parts = [0..4, 4..11].map(|tokens| loss(&model, &both, &[at(1, tokens)]));
         assert!((parts.iter().map(|loss| (-loss).exp()).sum::<f32>() - 1.0).abs() < 1e-5, "{parts:?}");
         assert!(parts.iter().all(|&loss| loss > 0.05), "{parts:?}");
         // Queries share what counts as one.
-        let several = Attended { sample: 1, queries: vec![10, 9, 10], tokens: (0..4).collect(), evenly: false };
-        let other = Attended { sample: 1, queries: vec![9], tokens: (0..4).collect(), evenly: false };
+        let several = Attended { sample: 1, queries: vec![10, 9, 10], tokens: (0..4).collect() };
+        let other = Attended { sample: 1, queries: vec![9], tokens: (0..4).collect() };
         let expected = (2.0 * parts[0] + loss(&model, &both, &[other])) / 3.0;
         assert!((loss(&model, &both, std::slice::from_ref(&several)) - expected).abs() < 1e-5);
         let with_one = loss(&model, &both, &[several, at(1, 4..11)]);
@@ -138,24 +122,9 @@ mod tests {
     }
 
     #[test]
-    fn an_even_look_costs_what_it_is_apart_from_even_shares() {
-        let (model, batch) = (model(), TrainingBatch::new(vec![editing()], &tiny()).unwrap());
-        let at = |tokens: &[usize], evenly| Attended { sample: 0, queries: vec![10], tokens: tokens.to_vec(), evenly };
-        let single = |token| loss(&model, &batch, &[at(&[token], false)]);
-        assert!((loss(&model, &batch, &[at(&[3], true)]) - single(3)).abs() < 1e-5, "one token is any of one");
-        let expected = (2..6).map(single).sum::<f32>() / 4.0 - 4f32.ln();
-        let evenly = loss(&model, &batch, &[at(&[2, 3, 4, 5], true)]);
-        assert!((evenly - expected).abs() < 1e-5, "{evenly} {expected}");
-        let any = loss(&model, &batch, &[at(&[2, 3, 4, 5], false)]);
-        assert!(evenly > any, "{evenly} {any}");
-        let both = loss(&model, &batch, &[at(&[2, 3, 4, 5], true), at(&[2, 3, 4, 5], false)]);
-        assert!((both - (evenly + any) / 2.0).abs() < 1e-5);
-    }
-
-    #[test]
     fn gradients_reach_queries_and_keys_of_the_layer() {
         let (model, batch) = (model(), TrainingBatch::new(vec![editing()], &tiny()).unwrap());
-        let attended = [Attended { sample: 0, queries: vec![10], tokens: vec![3, 4], evenly: true }];
+        let attended = [Attended { sample: 0, queries: vec![10], tokens: vec![3, 4] }];
         let gradients = model.attention_loss(&states(&model, &batch), &batch, 1, &attended).unwrap().backward();
         let attention = &model.model.layers[1].self_attn;
         for projection in [&attention.q_proj, &attention.k_proj] {

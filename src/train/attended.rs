@@ -22,8 +22,7 @@ struct Seen<'a> {
 /// Tokens of a conversation, sample 0, of which it is known where they should look.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Looks {
-    /// In one layer, where things are found; places are looked at evenly by what answers or names, because an object's edge
-    /// tells its shape and its middle does not. The token before the first of an answer looks at the places of the latest
+    /// In one layer, where things are found. The token before the first of an answer looks at the places of the latest
     /// image that the answer is about. The last token of a name in a question about that image looks at the places of all
     /// that have the name. The tokens that predict an object of a picture look at what the object comes from:
     /// what stood in its place in the latest image, or the same object in another place of it, or else the words that name
@@ -50,12 +49,7 @@ pub(super) fn looks_of(input: &TrainingInput, places: &[Vec<Place>], scenes: &[S
             answered = index;
             about = answers.next().map_or(&[], Vec::as_slice);
             if let Some(seen) = latest {
-                attended.push(Attended {
-                    sample: 0,
-                    queries: vec![index - 1],
-                    tokens: seen.tokens_of(about),
-                    evenly: true,
-                });
+                attended.push(Attended { sample: 0, queries: vec![index - 1], tokens: seen.tokens_of(about) });
                 attended.extend(seen.named(input, asked..index));
             }
         }
@@ -99,7 +93,7 @@ impl Seen<'_> {
         let predicted = |place| {
             let here: Vec<&Object> = scene.objects.iter().filter(|object| object.place == place).collect();
             let queries = self.tokens_of(&[place]).into_iter().map(|token| token - 1).collect();
-            (!here.is_empty()).then(|| Attended { sample: 0, queries, tokens: source_of(place, &here), evenly: false })
+            (!here.is_empty()).then(|| Attended { sample: 0, queries, tokens: source_of(place, &here) })
         };
         Place::ALL.into_iter().filter_map(predicted).collect()
     }
@@ -116,7 +110,7 @@ impl Seen<'_> {
             let last = queries.iter().max().map_or(0, |query| query + 1);
             let others = || (0..last).filter(|&token| token != finder).collect();
             let tokens = if about.contains(&place) { vec![finder] } else { others() };
-            Attended { sample: 0, queries, tokens, evenly: false }
+            Attended { sample: 0, queries, tokens }
         };
         Place::ALL.into_iter().filter(said).map(looks).collect()
     }
@@ -128,7 +122,7 @@ impl Seen<'_> {
         let names = self.alike(|object| LANGUAGES.map(|language| object.name(language)));
         let named = names.into_iter().map(|(names, places)| {
             let queries = tokens_of(&names, input, part.clone()).last().copied().into_iter().collect();
-            Attended { sample: 0, queries, tokens: self.tokens_of(&places), evenly: true }
+            Attended { sample: 0, queries, tokens: self.tokens_of(&places) }
         });
         named.collect()
     }
@@ -139,7 +133,7 @@ impl Seen<'_> {
         let alike = self.alike(|object| LANGUAGES.map(|language| object.description(language)));
         let told = alike.into_iter().map(|(words, places)| {
             let queries = tokens_of(&words, input, answer.clone()).into_iter().map(|token| token - 1).collect();
-            Attended { sample: 0, queries, tokens: self.tokens_of(&places), evenly: true }
+            Attended { sample: 0, queries, tokens: self.tokens_of(&places) }
         });
         told.collect()
     }
@@ -223,8 +217,7 @@ mod tests {
         let places = [vec![Place(0), Place(5)], vec![], vec![Place(8)], vec![Place(2)]];
         let drawn = starts[2] + 2;
         let expected = [(starts[0], vec![2, 7]), (starts[2], vec![10]), (starts[3], vec![drawn + 2])];
-        let expected =
-            expected.map(|(query, tokens)| Attended { sample: 0, queries: vec![query], tokens, evenly: true });
+        let expected = expected.map(|(query, tokens)| Attended { sample: 0, queries: vec![query], tokens });
         assert_eq!(looks_of(&input, &places, &[], IMAGE), Looks { attended: expected.to_vec(), selected: vec![] });
         assert_eq!(looks_of(&input, &[], &[], IMAGE), Looks::default());
     }
