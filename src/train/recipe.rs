@@ -221,8 +221,8 @@ pub struct LossRecipe {
     pub label_weight: f64,
     /// Autoregressive: classes of what every token of an input image shows, and its place, from hidden states.
     pub input_label_weight: f64,
-    /// Autoregressive: attention of the first token of an answer to what is asked about, where the source knows it, in the
-    /// layer that takes those hidden states.
+    /// Autoregressive: attention to what is meant, where the source knows it, in the layer that takes those hidden states:
+    /// of the token before an answer, of names in questions, of words that describe, and of what is drawn.
     pub attention_weight: f64,
     /// Autoregressive: attention of the tokens that draw what an edit changes, and of no others, to that first token, in
     /// the layer after it.
