@@ -24,6 +24,6 @@ if ! adapters; then
     fi
 fi
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --test device_failure --test lost_device --test objectives \
-    --test parity --test parity_networks --test parity_sampling --test pipeline --test verify -- \
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --test device_failure --test lost_device \
+    --test objectives --test parity --test parity_networks --test parity_sampling --test pipeline --test verify -- \
     --skip a_planted_fault --skip faults_in_preprocessing

@@ -209,7 +209,8 @@ impl World {
 
     /// The same world, with shades of the colours ([`Variation::shades`]) in all pictures but those of edits.
     ///
-    /// Nothing tells a shade from another: pictures of descriptions in shades are for what draws embeddings of pictures.
+    /// No description says which shade, so what is drawn in shades is for training decoders and autoencoders, which see the
+    /// picture, and not for what predicts it from the description.
     pub fn with_shades(self, shades: bool) -> Self {
         Self { shades, ..self }
     }
