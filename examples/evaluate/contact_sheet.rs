@@ -3,8 +3,8 @@
 use std::{fmt::Write, fs, path::Path};
 
 use anyhow::Result;
-use font8x8::UnicodeFonts;
 use nexus::Image;
+use unifont::Glyph;
 
 /// One sample as a person looks at it.
 pub struct Entry {
@@ -17,7 +17,7 @@ pub struct Entry {
 
 const COLUMNS: usize = 4;
 const GAP_PX: usize = 8;
-const LINE_PX: usize = 10;
+const LINE_PX: usize = 17;
 const LINES: usize = 6;
 const GREEN: [u8; 3] = [30, 150, 60];
 const RED: [u8; 3] = [200, 40, 40];
@@ -36,11 +36,10 @@ pub fn write(dir: &Path, name: &str, entries: &[Entry]) -> Result<()> {
         for (at, picture) in entry.pictures.iter().enumerate() {
             canvas.picture(left + at * (width + 2), top, picture);
         }
-        let columns = (cell_width - GAP_PX) / 8;
         let colour = if entry.correct { GREEN } else { RED };
         let mut y = top + height + 2;
         for (text, colour, lines) in [(&entry.prompt, BLACK, LINES / 2), (&entry.verdict, colour, LINES / 2)] {
-            for line in wrap(text, columns).into_iter().take(lines) {
+            for line in wrap(text, cell_width - GAP_PX).into_iter().take(lines) {
                 canvas.text(left, y, &line, colour);
                 y += LINE_PX;
             }
@@ -71,22 +70,27 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
-/// Breaks a text into lines of at most so many characters.
-fn wrap(text: &str, columns: usize) -> Vec<String> {
+/// Breaks a text into lines of at most so many pixels, after spaces and Chinese characters.
+fn wrap(text: &str, width_px: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for word in text.split_whitespace() {
+    for part in text.split_inclusive(|character| character == ' ' || glyph(character).is_fullwidth()) {
         let last = lines.len() - 1;
-        let long = lines[last].chars().count() + 1 + word.chars().count() > columns;
-        if long && !lines[last].is_empty() {
-            lines.push(word.to_string());
+        if text_px(&lines[last]) + text_px(part.trim_end()) > width_px && !lines[last].is_empty() {
+            lines.push(part.to_string());
         } else {
-            if !lines[last].is_empty() {
-                lines[last].push(' ');
-            }
-            lines[last].push_str(word);
+            lines[last].push_str(part);
         }
     }
     lines
+}
+
+fn text_px(text: &str) -> usize {
+    text.chars().map(|character| glyph(character).get_width()).sum()
+}
+
+/// A character's glyph, 16 pixels high, or an empty one where there is none.
+fn glyph(character: char) -> &'static Glyph {
+    unifont::get_glyph(character).unwrap_or(&Glyph::Halfwidth([0; 16]))
 }
 
 struct Canvas {
@@ -112,15 +116,15 @@ impl Canvas {
         }
     }
 
-    /// Characters without a glyph, such as Chinese ones, become boxes; the page has them.
-    fn text(&mut self, left: usize, top: usize, text: &str, colour: [u8; 3]) {
-        for (at, character) in text.chars().enumerate() {
-            let glyph = font8x8::BASIC_FONTS.get(character).unwrap_or([0, 126, 66, 66, 66, 66, 126, 0]);
-            for (row, bits) in glyph.into_iter().enumerate() {
-                for column in (0..8).filter(|column| bits >> column & 1 == 1) {
-                    self.set(left + 8 * at + column, top + row, &colour);
+    fn text(&mut self, mut left: usize, top: usize, text: &str, colour: [u8; 3]) {
+        for glyph in text.chars().map(glyph) {
+            let width = glyph.get_width();
+            for (row, column) in (0..16).flat_map(|row| (0..width).map(move |column| (row, column))) {
+                if glyph.get_pixel(column, row) {
+                    self.set(left + column, top + row, &colour);
                 }
             }
+            left += width;
         }
     }
 
