@@ -9,7 +9,7 @@ use nexus::{
     Image, Message, Role,
     data::{
         MessagesWriter,
-        world::{SIDE_PX, Split, Task, World, judge},
+        world::{Emphasis, SIDE_PX, Split, Task, World, judge},
     },
 };
 
@@ -28,6 +28,12 @@ struct Args {
     /// Scenes with compositions that training never sees
     #[arg(long)]
     held_out: bool,
+    /// Samples full of what is hard and rare otherwise
+    #[arg(long, value_enum)]
+    emphasis: Option<Hard>,
+    /// Shades of the colours in all pictures but those of edits
+    #[arg(long)]
+    shades: bool,
     /// Print the texts, one to a line, for `tools/tiny/make_tokenizer.py`
     #[arg(long)]
     texts: bool,
@@ -51,9 +57,21 @@ enum Asked {
     Reconstruction,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Hard {
+    /// Objects that share their colour or their shape
+    Lookalikes,
+    /// Objects on top of others
+    Stacked,
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
-    let world = World::new(args.seed);
+    let emphasis = args.emphasis.map(|hard| match hard {
+        Hard::Lookalikes => Emphasis::Lookalikes,
+        Hard::Stacked => Emphasis::Stacked,
+    });
+    let world = World::new(args.seed).with_emphasis(emphasis).with_shades(args.shades);
     let split = if args.held_out { Split::HeldOut } else { Split::Train };
     let mut writer = args.messages.as_ref().map(MessagesWriter::create).transpose()?;
     let mut pictures = vec![];
