@@ -284,6 +284,7 @@ fn wrong_recipes_are_refused() {
         ("/stages/0", stage("first", json!({"muon": {"matrices": ["*.weight"], "momentum": 1.0}})), "momentum"),
         ("/stages/0", stage("first", json!({"loss": {"label_weight": 1.0}})), "label_weight"),
         ("/stages/0", stage("first", json!({"loss": {"attention_weight": 1.0}})), "attention_weight"),
+        ("/stages/0", stage("first", json!({"loss": {"exclude_unseen": true}})), "exclude_unseen"),
         ("/parallel_micro_batches", json!(0), "parallel_micro_batches"),
         ("/part", json!("tokenizer"), "tokenizer"),
     ] {

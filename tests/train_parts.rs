@@ -140,6 +140,23 @@ fn the_vision_encoder_resumes_with_labels_and_muon() {
     assert!((1.0..2.2).contains(&labels), "{labels}");
 }
 
+#[test]
+fn what_training_never_shows_stays_out_of_the_losses() {
+    for (part, labels) in [("vision_encoder", "labels"), ("autoregressive", "input_labels")] {
+        let [with, without] = [true, false].map(|exclude| {
+            let weight = if part == "vision_encoder" { "label_weight" } else { "input_label_weight" };
+            let settings = json!({"loss": {weight: 1.0, "exclude_unseen": exclude}});
+            let describe = json!({"world": {"seed": 4, "task": "understanding", "kinds": ["describe"]}});
+            let first = first_metrics(&recipe(part, json!("checkpoint"), describe, settings));
+            ["cross_entropy", labels].map(|name| first[name].as_f64().unwrap())
+        });
+        for (with, without) in with.into_iter().zip(without) {
+            // Nearly all tokens and labels keep all that they compete with.
+            assert!(with < without && with > 0.9 * without, "{part}: {with} {without}");
+        }
+    }
+}
+
 /// Runs a recipe with micro-batches one after the other, and side by side.
 fn check_side_by_side(recipe: Recipe) {
     let dir = tempfile::tempdir().unwrap();

@@ -93,6 +93,18 @@ pub enum ArError {
         /// Token there.
         id: u32,
     },
+    /// A token that should not compete for a label which is not there, or which is that token.
+    #[error(
+        "token {id} cannot be left out at {index} of sample {sample}: no label of text is there, or it is that token"
+    )]
+    ExcludedToken {
+        /// Index of the sample.
+        sample: usize,
+        /// Index in the sample.
+        index: usize,
+        /// Token given.
+        id: u32,
+    },
     /// A sample from which nothing is learned.
     #[error("no token after the first has a label: nothing would be learned")]
     NoLabels,

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, FloatDType, Tensor, activation::log_softmax};
-use nexus_core::nn::{RotaryTable, Visibility, index_tensor};
+use nexus_core::nn::{RotaryTable, Visibility, index_tensor, without_scores};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -109,7 +109,8 @@ impl ArObjective {
             let (rows, ids): (Vec<usize>, Vec<usize>) =
                 batch.text_labels.iter().map(|&(row, id)| (row, id as usize)).unzip();
             let predicting = select(&hidden, &rows);
-            cross_entropy = mean_cross_entropy(model.logits(predicting.unsqueeze()).squeeze_dim(0), ids);
+            let logits = model.logits(predicting.unsqueeze()).squeeze_dim(0);
+            cross_entropy = mean_cross_entropy(logits, ids, &batch.excluded);
         }
         let answers = (!batch.image_labels.is_empty()).then(|| {
             let predicting = select(&hidden, &batch.image_labels);
@@ -264,10 +265,15 @@ impl TrainingBatch {
 /// # Shapes
 /// - `logits`: `[rows, vocab]`
 /// - `ids`: one per row
-fn mean_cross_entropy(logits: Tensor<2>, ids: Vec<usize>) -> Tensor<1> {
+/// - `excluded`: rows, and ids that do not compete there
+fn mean_cross_entropy(logits: Tensor<2>, ids: Vec<usize>, excluded: &[(usize, u32)]) -> Tensor<1> {
     let rows = ids.len();
     let ids = index_tensor(ids, [rows, 1], &logits.device());
-    log_softmax(logits.cast(DType::F32), 1).gather(1, ids).mean().neg()
+    let mut logits = logits.cast(DType::F32);
+    if !excluded.is_empty() {
+        logits = without_scores(logits, excluded.iter().map(|&(row, id)| (row, id as usize)));
+    }
+    log_softmax(logits, 1).gather(1, ids).mean().neg()
 }
 
 /// Mean of `1 - cos` over the rows of two `[rows, width]`.
@@ -315,7 +321,10 @@ mod tests {
         let logits = Tensor::from_data([[0.0, 2f32.ln(), 0.0], [3f32.ln(), 0.0, 0.0]], &cpu());
         // Softmax [1/4, 1/2, 1/4] and [3/5, 1/5, 1/5].
         let expected = -(0.5f32.ln() + 0.2f32.ln()) / 2.0;
-        assert_close(&mean_cross_entropy(logits, vec![1, 2]), &[expected], 1e-6);
+        assert_close(&mean_cross_entropy(logits.clone(), vec![1, 2], &[]), &[expected], 1e-6);
+        // Without the first of the second row [1/2, 1/2].
+        let expected = -2.0 * 0.5f32.ln() / 2.0;
+        assert_close(&mean_cross_entropy(logits, vec![1, 2], &[(1, 0)]), &[expected], 1e-6);
         let a = Tensor::from_data([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]], &cpu());
         let b = Tensor::from_data([[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]], &cpu());
         assert_close(&cosine_distance(a, b), &[(1.0 - 24.0 / 25.0 + 2.0 + 1.0) / 3.0], 1e-6);

@@ -21,6 +21,19 @@ pub struct TrainingSample {
     pub targets: Vec<ImageEmbeds>,
 }
 
+/// A token that does not compete for a label: its score at that place is not a part of the cross entropy.
+///
+/// For what training never shows and the model should not learn to rule out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExcludedToken {
+    /// Index of the sample in its batch.
+    pub sample: usize,
+    /// Index of the label in the sample.
+    pub index: usize,
+    /// The token that does not compete, another one than the label.
+    pub id: u32,
+}
+
 /// Samples in groups of about the same length, padded on the right.
 ///
 /// Neighbours share a group, so samples that are given in the order of their lengths need the least padding. Attention
@@ -38,6 +51,8 @@ pub struct TrainingBatch {
     pub(crate) targets: Vec<ImageEmbeds>,
     /// Rows whose next token is learned, and that token.
     pub(crate) text_labels: Vec<(usize, u32)>,
+    /// Indices into `text_labels`, and tokens that do not compete there.
+    pub(crate) excluded: Vec<(usize, u32)>,
     /// Rows whose next token is an embedding of an answer, in the order of `targets`.
     pub(crate) image_labels: Vec<usize>,
 }
@@ -87,6 +102,7 @@ impl TrainingBatch {
             inputs: vec![],
             targets: vec![],
             text_labels: vec![],
+            excluded: vec![],
             image_labels: vec![],
         };
         let mut rows = Rows::default();
@@ -96,6 +112,23 @@ impl TrainingBatch {
                 .map_err(|source| ArError::Sample { index, source: Box::new(source) })?;
         }
         Ok(batch)
+    }
+
+    /// Takes tokens out of the competition for some labels.
+    ///
+    /// # Errors
+    /// [`ArError::ExcludedToken`] if there is no label of text there, or if it is that token itself.
+    pub fn exclude(&mut self, excluded: &[ExcludedToken]) -> Result<(), ArError> {
+        let starts: Vec<usize> = self.sample_rows().map(|(start, _)| start).collect();
+        for &ExcludedToken { sample, index, id } in excluded {
+            let row = starts.get(sample).zip(index.checked_sub(1)).map(|(start, before)| start + before);
+            let label = row.and_then(|row| self.text_labels.binary_search_by_key(&row, |&(row, _)| row).ok());
+            match label.filter(|&label| self.text_labels[label].1 != id) {
+                Some(label) => self.excluded.push((label, id)),
+                None => return Err(ArError::ExcludedToken { sample, index, id }),
+            }
+        }
+        Ok(())
     }
 
     fn push(
@@ -138,6 +171,7 @@ impl TrainingBatch {
     /// Checks that a model has the ids and the width of the batch.
     pub(crate) fn check_fits(&self, config: &ArConfig) -> Result<(), ArError> {
         check_vocabulary(&self.vocabulary, config)?;
+        check_vocabulary(&self.excluded.iter().map(|&(_, id)| id).collect::<Vec<_>>(), config)?;
         check_images(self.inputs.iter().chain(&self.targets), config)
     }
 
@@ -394,6 +428,23 @@ pub(crate) mod tests {
         assert_eq!(batch.groups, [group(2, 18)]);
         assert_eq!(batch.positions[16..18], [[1; 3]; 2]);
         assert_eq!(batch.text_labels[15..17], [(18, 5), (19, 14)]);
+    }
+
+    #[test]
+    fn excluded_tokens_belong_to_labels_of_text() {
+        let mut batch = TrainingBatch::new(vec![words(), editing()], &tiny()).unwrap();
+        let excluded = |sample, index, id| ExcludedToken { sample, index, id };
+        batch.exclude(&[excluded(0, 2, 5), excluded(1, 11, 9)]).unwrap();
+        assert_eq!(batch.excluded, [(1, 5), (2, 9)]);
+        // A token without a label, the label itself, an embedding of an answer, the first token, and no sample at all.
+        for wrong in [excluded(1, 10, 9), excluded(0, 1, 5), excluded(1, 20, 9), excluded(1, 0, 9), excluded(2, 1, 9)] {
+            let error = batch.exclude(&[wrong]).unwrap_err();
+            let ExcludedToken { sample, index, id } = wrong;
+            let found = matches!(error, ArError::ExcludedToken { sample: s, index: i, id: t } if [s, i] == [sample, index] && t == id);
+            assert!(found, "{error}");
+        }
+        batch.exclude(&[excluded(0, 2, 16)]).unwrap();
+        assert!(matches!(batch.check_fits(&tiny()), Err(ArError::TokenOutOfVocabulary { id: 16, .. })));
     }
 
     #[test]

@@ -7,7 +7,18 @@ use burn::{
     module::Module,
     tensor::{DType, Device, Tensor, activation::log_softmax},
 };
-use nexus_core::nn::{Linear, index_tensor};
+use nexus_core::nn::{Linear, index_tensor, without_scores};
+
+/// A class that does not compete for a label of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExcludedClass {
+    /// Index of the token.
+    pub token: usize,
+    /// Index of the label.
+    pub label: usize,
+    /// The class.
+    pub class: usize,
+}
 
 /// Reads several labels of tokens from their embeddings.
 #[derive(Module, Debug)]
@@ -27,19 +38,29 @@ impl LabelHead {
     /// Cross entropy of the labels of some tokens in f32, the mean over labels and tokens; gradients reach the head and
     /// the embeddings.
     ///
+    /// The classes in `excluded` do not compete with the right one: their scores get no gradient.
+    ///
     /// # Shapes
     /// - `embeds`: `[tokens, hidden]`
     /// - `labels`: one class per token and label, token by token
     /// - returns: `[1]`
     ///
     /// # Panics
-    /// If there is no token, if `labels` has another length, or if a class is none of its label's.
-    pub fn loss(&self, embeds: Tensor<2>, labels: &[u8]) -> Tensor<1> {
+    /// If there is no token, if `labels` has another length, if a class is none of its label's, or if the right one is
+    /// excluded.
+    pub fn loss(&self, embeds: Tensor<2>, labels: &[u8], excluded: &[ExcludedClass]) -> Tensor<1> {
         let [tokens, _] = embeds.dims();
         let fields = self.classes.len();
         assert!(tokens > 0 && labels.len() == tokens * fields, "one class per token and label");
         let device = embeds.device();
-        let scores = self.scores.forward(embeds).cast(DType::F32);
+        let mut scores = self.scores.forward(embeds).cast(DType::F32);
+        if !excluded.is_empty() {
+            let columns = excluded.iter().map(|&ExcludedClass { token, label, class }| {
+                assert!(class < self.classes[label] && usize::from(labels[token * fields + label]) != class, "{class}");
+                (token, self.classes[..label].iter().sum::<usize>() + class)
+            });
+            scores = without_scores(scores, columns);
+        }
         let mut start = 0;
         let losses = self.classes.iter().enumerate().map(|(field, &classes)| {
             let ids = labels.iter().skip(field).step_by(fields).map(|&class| usize::from(class));
@@ -77,13 +98,39 @@ mod tests {
                 cross_entropy(&scores[..2], labels[2 * token]) + cross_entropy(&scores[2..], labels[2 * token + 1])
             })
             .sum();
-        assert_close(&head.loss(embeds, &labels), &[expected / 6.0], 1e-6);
+        assert_close(&head.loss(embeds, &labels, &[]), &[expected / 6.0], 1e-6);
+    }
+
+    #[test]
+    fn what_is_excluded_does_not_compete() {
+        let device = cpu().autodiff();
+        let head = LabelHead::new(4, &[2, 3], &device);
+        let embeds = Tensor::from_inner(ramp([2, 4], 1));
+        let scores: Vec<f32> = head.scores.forward(embeds.clone()).into_data().try_into_vec_as().unwrap();
+        let excluded = ExcludedClass { token: 1, label: 1, class: 2 };
+        let sum = |scores: &[f32]| scores.iter().map(|score| score.exp()).sum::<f32>().ln();
+        // Labels 0 and 2 of the first token, 1 and 0 of the second, which has but two classes left.
+        let expected = [
+            sum(&scores[..2]) - scores[0],
+            sum(&scores[2..5]) - scores[4],
+            sum(&scores[5..7]) - scores[6],
+            sum(&scores[7..9]) - scores[7],
+        ];
+        let expected = expected.iter().sum::<f32>() / 4.0;
+        assert_close(&head.loss(embeds, &[0, 2, 1, 0], &[excluded]).inner(), &[expected], 1e-6);
+
+        let excluded = [0, 1].map(|token| ExcludedClass { token, label: 1, class: 1 });
+        let loss = head.loss(Tensor::from_inner(ramp([2, 4], 1)), &[0, 2, 1, 0], &excluded);
+        let mut sum = GradientSum::new();
+        sum.add(loss.backward(), &head, &WeightNames::default());
+        let bias: Vec<f32> = sum.get("scores.bias").unwrap().to_data().try_into_vec_as().unwrap();
+        assert!(bias[3] == 0.0 && bias.iter().filter(|&&gradient| gradient != 0.0).count() == 4, "{bias:?}");
     }
 
     #[test]
     fn gradients_reach_the_head() {
         let head = LabelHead::new(4, &[2, 3], &cpu().autodiff());
-        let loss = head.loss(Tensor::from_inner(ramp([3, 4], 1)), &[0, 2, 1, 1, 1, 0]);
+        let loss = head.loss(Tensor::from_inner(ramp([3, 4], 1)), &[0, 2, 1, 1, 1, 0], &[]);
         let mut sum = GradientSum::new();
         sum.add(loss.backward(), &head, &WeightNames::default());
         assert_eq!(sum.len(), 2);
@@ -93,6 +140,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "label 1 has 3 classes")]
     fn a_class_out_of_range_is_refused() {
-        LabelHead::new(4, &[2, 3], &cpu()).loss(ramp([1, 4], 1), &[0, 3]);
+        LabelHead::new(4, &[2, 3], &cpu()).loss(ramp([1, 4], 1), &[0, 3], &[]);
     }
 }

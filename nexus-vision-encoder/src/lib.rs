@@ -31,7 +31,7 @@ mod window;
 pub use block::{VisionAttention, VisionBlock};
 pub use config::VisionConfig;
 pub use encoder::{PatchEmbed, PatchProjection, VisionEncoder, VisionEncoderError};
-pub use labels::LabelHead;
+pub use labels::{ExcludedClass, LabelHead};
 pub use merger::{MergerMlp, PatchMerger};
 pub use objective::{AppearanceHead, AppearanceInput, AppearanceLoss, AppearanceObjective, appearance};
 pub use weights::NAMES;

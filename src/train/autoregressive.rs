@@ -6,7 +6,7 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, TrainingBatch, TrainingSample};
+use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, ExcludedToken, TrainingBatch, TrainingSample};
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
@@ -27,6 +27,7 @@ use super::{
     feed::Conversation,
     labels::{STATE_CLASSES, Shown},
     trainer::{Losses, MicroBatch, Task},
+    unseen::unseen_words,
 };
 use crate::ModelFiles;
 
@@ -62,6 +63,8 @@ struct KnownSample {
     shown: Vec<Option<Scene>>,
     /// Tokens of which it is known where they should look.
     looks: Looks,
+    /// Tokens that do not compete for a label, with its index.
+    excluded: Vec<(usize, u32)>,
 }
 
 /// A conversation as tokens and pixels, and what is known of it.
@@ -69,6 +72,8 @@ struct KnownInput {
     input: TrainingInput,
     scenes: Vec<Scene>,
     places: Vec<Vec<Place>>,
+    /// Tokens that do not compete for a label, with its index.
+    excluded: Vec<(usize, u32)>,
 }
 
 /// Released names, and those of the head that no file keeps.
@@ -162,7 +167,15 @@ impl LanguageTask {
     fn input(&self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<KnownInput>, TrainError> {
         let Some(Conversation { messages, scenes, places }) = batch.feed.conversation(number)? else { return Ok(None) };
         match self.processor.training_input(&messages, &ProcessOptions::default()) {
-            Ok(input) => Ok(Some(KnownInput { input, scenes, places })),
+            Ok(input) => {
+                let (tokenizer, image_token) =
+                    (self.processor.tokenizer(), self.module.ar.config().token_ids.image_token_id);
+                let excluded = match batch.stage.loss.exclude_unseen {
+                    true => unseen_words(&input, &places, &scenes, image_token, tokenizer)?,
+                    false => vec![],
+                };
+                Ok(Some(KnownInput { input, scenes, places, excluded }))
+            }
             Err(error) => batch.feed.reject(number, &error).map(|()| None),
         }
     }
@@ -194,13 +207,13 @@ impl LanguageTask {
             images.into_iter().map(encode_one).collect::<Result<Vec<_>, TrainError>>()
         };
         let image_token = self.module.ar.config().token_ids.image_token_id;
-        let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places })| {
+        let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places, excluded })| {
             let looks = looks_of(&input, &places, &scenes, image_token);
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let shown = Shown::scenes_of(scenes, input_images.len() + answer_images.len());
             let (inputs, targets) = (encode(input_images)?, encode(answer_images)?);
             let sample = TrainingSample { token_ids, labels, inputs, targets };
-            Ok::<_, TrainError>((number, KnownSample { sample, shown, looks }))
+            Ok::<_, TrainError>((number, KnownSample { sample, shown, looks, excluded }))
         });
         for encoded in encoded {
             let (number, sample) = encoded?;
@@ -221,8 +234,9 @@ impl LanguageTask {
         stage: &StageRecipe,
         inputs: Vec<KnownInput>,
     ) -> Result<(Vec<KnownSample>, Option<Seen>), TrainError> {
-        let (mut texts, mut patches, mut shown) = (Vec::new(), Vec::new(), Shown::default());
-        for KnownInput { input, scenes, .. } in inputs {
+        let (mut texts, mut patches) = (Vec::new(), Vec::new());
+        let mut shown = Shown { exclude_unseen: stage.loss.exclude_unseen, ..Shown::default() };
+        for KnownInput { input, scenes, excluded, .. } in inputs {
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let (num_inputs, num_answers) = (input_images.len(), answer_images.len());
             let scenes = Shown::scenes_of(scenes, num_inputs + num_answers);
@@ -230,7 +244,7 @@ impl LanguageTask {
                 shown.push(image.grid, scene.clone());
                 patches.push(image);
             }
-            texts.push((token_ids, labels, num_inputs, num_answers, scenes));
+            texts.push((token_ids, labels, num_inputs, num_answers, scenes, excluded));
         }
         let seen = (!patches.is_empty()).then(|| {
             let pixels = patches.into_iter().map(|patches| patches.into_tensor(&self.device)).collect();
@@ -240,11 +254,11 @@ impl LanguageTask {
         });
         let images = seen.iter().flat_map(Seen::images).collect::<Result<Vec<_>, TrainError>>()?;
         let mut images = images.into_iter();
-        let samples = texts.into_iter().map(|(token_ids, labels, num_inputs, num_answers, shown)| {
+        let samples = texts.into_iter().map(|(token_ids, labels, num_inputs, num_answers, shown, excluded)| {
             let inputs = images.by_ref().take(num_inputs).collect();
             let targets = images.by_ref().take(num_answers).collect();
             let sample = TrainingSample { token_ids, labels, inputs, targets };
-            KnownSample { sample, shown, looks: Looks::default() }
+            KnownSample { sample, shown, looks: Looks::default(), excluded }
         });
         Ok((samples.collect(), seen))
     }
@@ -348,10 +362,12 @@ impl Task for LanguageTask {
         };
         // Neighbours of about the same length need less padding.
         samples.sort_by_key(|known| known.sample.token_ids.len());
-        let (inputs, answers) = inputs_and_answers(&samples);
+        let (inputs, answers) = inputs_and_answers(&samples, stage.loss.exclude_unseen);
         let Looks { attended, selected } = looks(&mut samples);
+        let excluded = excluded(&samples);
         let samples = samples.into_iter().map(|known| known.sample).collect();
-        let batch = TrainingBatch::new(samples, module.ar.config())?;
+        let mut batch = TrainingBatch::new(samples, module.ar.config())?;
+        batch.exclude(&excluded)?;
         let LossRecipe { token_weight, image_weight, prefill, state_layers: layer, .. } = stage.loss;
         let objective = ArObjective { token_weight, image_weight, prefill };
         let ArOutput { loss, answers: embeds, states } =
@@ -415,9 +431,19 @@ fn looks(samples: &mut [KnownSample]) -> Looks {
     all
 }
 
+/// Tokens that do not compete for labels, in the order of the samples.
+fn excluded(samples: &[KnownSample]) -> Vec<ExcludedToken> {
+    let of = |(sample, known): (usize, &KnownSample)| {
+        let excluded = known.excluded.clone().into_iter();
+        excluded.map(move |(index, id)| ExcludedToken { sample, index, id })
+    };
+    samples.iter().enumerate().flat_map(of).collect()
+}
+
 /// Images of samples that are given and those that are answers, in order.
-fn inputs_and_answers(samples: &[KnownSample]) -> (Shown, Shown) {
-    let (mut inputs, mut answers) = (Shown::default(), Shown::default());
+fn inputs_and_answers(samples: &[KnownSample], exclude_unseen: bool) -> (Shown, Shown) {
+    let none = || Shown { exclude_unseen, ..Shown::default() };
+    let (mut inputs, mut answers) = (none(), none());
     for KnownSample { sample, shown, .. } in samples {
         let (shown_inputs, shown_answers) = shown.split_at(sample.inputs.len());
         for (images, scenes, into) in

@@ -3,8 +3,8 @@
 use burn::tensor::Tensor;
 use nexus_ar::AnswerEmbeds;
 use nexus_core::{GridThw, nn::index_tensor};
-use nexus_data::world::{LABEL_CLASSES, Place, Scene, token_places};
-use nexus_vision_encoder::LabelHead;
+use nexus_data::world::{LABEL_CLASSES, Place, Scene, token_places, unseen_labels};
+use nexus_vision_encoder::{ExcludedClass, LabelHead};
 
 /// Numbers of classes of the labels of hidden states: those of [`LABEL_CLASSES`], and the place.
 pub(super) const STATE_CLASSES: [usize; LABEL_CLASSES.len() + 1] = {
@@ -22,6 +22,8 @@ pub(super) const STATE_CLASSES: [usize; LABEL_CLASSES.len() + 1] = {
 pub(super) struct Shown {
     pub(super) grids: Vec<GridThw>,
     pub(super) scenes: Vec<Option<Scene>>,
+    /// Whether classes that training never shows together stay out of the losses.
+    pub(super) exclude_unseen: bool,
 }
 
 impl Shown {
@@ -57,19 +59,27 @@ impl Shown {
     pub(super) fn answer_label_loss(&self, head: &LabelHead, answers: AnswerEmbeds) -> Option<Tensor<1>> {
         let AnswerEmbeds { predicted, truth } = answers;
         let scenes = [&self.scenes[..], &self.scenes[..]].concat();
-        let both = Self { grids: self.grids.repeat(2), scenes };
+        let both = Self { grids: self.grids.repeat(2), scenes, exclude_unseen: self.exclude_unseen };
         both.label_loss(head, Tensor::cat(vec![predicted, Tensor::from_inner(truth)], 0))
     }
 
     fn loss(&self, head: &LabelHead, x: Tensor<2>, last: impl Fn(Place) -> Option<u8>) -> Option<Tensor<1>> {
-        let (mut rows, mut labels, mut start) = (Vec::new(), Vec::new(), 0);
+        let (mut rows, mut labels, mut excluded, mut start) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for (grid, scene) in self.grids.iter().zip(&self.scenes) {
             let end = start + grid.num_merged_tokens();
             if let Some(scene) = scene {
+                let (first, height, width) = (rows.len(), grid.merged_h(), grid.merged_w());
                 rows.extend(start..end);
-                let (height, width) = (grid.merged_h(), grid.merged_w());
-                for (token, place) in scene.token_labels(height, width).into_iter().zip(token_places(height, width)) {
-                    labels.extend(token);
+                let known = scene.token_labels(height, width).into_iter().zip(token_places(height, width));
+                for (token, (known, place)) in known.enumerate() {
+                    if self.exclude_unseen {
+                        excluded.extend(unseen_labels(&known).into_iter().map(|(label, class)| ExcludedClass {
+                            token: first + token,
+                            label,
+                            class: usize::from(class),
+                        }));
+                    }
+                    labels.extend(known);
                     labels.extend(last(place));
                 }
             }
@@ -80,6 +90,6 @@ impl Shown {
         }
         let count = rows.len();
         let rows = index_tensor(rows, [count], &x.device());
-        Some(head.loss(x.select(0, rows), &labels))
+        Some(head.loss(x.select(0, rows), &labels, &excluded))
     }
 }

@@ -27,6 +27,7 @@ mod run;
 mod sheet;
 mod text_encoders;
 mod trainer;
+mod unseen;
 mod workers;
 
 use std::{ops::ControlFlow, path::Path};

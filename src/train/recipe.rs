@@ -227,6 +227,9 @@ pub struct LossRecipe {
     /// Autoregressive: attention of the tokens that draw what an edit changes, and of no others, to that first token, in
     /// the layer after it.
     pub selection_weight: f64,
+    /// Vision encoder and autoregressive: whether pairs of colour and shape that training never shows stay out of cross
+    /// entropy and labels, where the source knows what is shown. The model then does not learn that they cannot be.
+    pub exclude_unseen: bool,
     /// Autoregressive: number of layers after which those hidden states are read.
     pub state_layers: usize,
     /// Vision encoder: noise on the embeddings before reconstruction and labels, relative to their size.
@@ -262,6 +265,7 @@ impl Default for LossRecipe {
             input_label_weight: 0.0,
             attention_weight: 0.0,
             selection_weight: 0.0,
+            exclude_unseen: false,
             state_layers: 2,
             embeds_noise: 0.2,
             gradient_weight: 1.0,
@@ -408,16 +412,17 @@ impl StageRecipe {
         let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
         let LossRecipe { label_weight, input_label_weight, attention_weight, selection_weight, .. } = self.loss;
         let language_model = [TrainedPart::VisionEncoder, TrainedPart::Autoregressive];
-        for (field, weight, parts) in [
-            ("label_weight", label_weight, &language_model[..]),
-            ("input_label_weight", input_label_weight, &language_model[1..]),
-            ("attention_weight", attention_weight, &language_model[1..]),
-            ("selection_weight", selection_weight, &language_model[1..]),
+        for (field, asked, parts) in [
+            ("label_weight", label_weight > 0.0, &language_model[..]),
+            ("input_label_weight", input_label_weight > 0.0, &language_model[1..]),
+            ("attention_weight", attention_weight > 0.0, &language_model[1..]),
+            ("selection_weight", selection_weight > 0.0, &language_model[1..]),
+            ("exclude_unseen", self.loss.exclude_unseen, &language_model[..]),
         ] {
-            if weight > 0.0 && !parts.contains(&part) {
+            if asked && !parts.contains(&part) {
                 return wrong(field, format!("has no meaning for {part:?}"));
             }
-            if weight > 0.0 && !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
+            if asked && !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
                 return wrong(field, "no source of the stage knows what its pictures show".to_string());
             }
         }

@@ -60,6 +60,25 @@ pub fn index_tensor<const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
+/// Scores of which some, each a row and a column, are so low that a softmax over the columns leaves nothing for them and
+/// gives them no gradient.
+///
+/// # Panics
+/// If a row or a column is out of range.
+pub fn without_scores(scores: Tensor<2>, excluded: impl IntoIterator<Item = (usize, usize)>) -> Tensor<2> {
+    let [rows, columns] = scores.dims();
+    let mut mask = vec![0f32; rows * columns];
+    for (row, column) in excluded {
+        assert!(row < rows && column < columns, "[{row}, {column}] of {rows} x {columns} scores");
+        mask[row * columns + column] = EXCLUDED_SCORE;
+    }
+    let mask = Tensor::from_data(TensorData::new(mask, [rows, columns]), (&scores.device(), scores.dtype()));
+    scores + mask
+}
+
+/// Added to scores that are left out: finite, because the gradient of an infinite one is no number.
+const EXCLUDED_SCORE: f32 = -1e30;
+
 /// Casts only when the dtype differs, so that equal dtypes share the same memory.
 pub(crate) fn cast_like<const D: usize, const E: usize>(weight: Tensor<D>, like: &Tensor<E>) -> Tensor<D> {
     if weight.dtype() == like.dtype() { weight } else { weight.cast(like.dtype()) }

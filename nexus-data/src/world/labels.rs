@@ -1,6 +1,6 @@
 //! What every token of a picture shows: a scene -> classes, for heads that are trained on them.
 
-use super::scene::{Place, Scene};
+use super::scene::{Colour, Place, Scene, Shape, is_held_out};
 
 /// Number of classes of every label, in the order of [`TokenLabels`].
 pub const LABEL_CLASSES: [usize; 9] = [5, 9, 3, 3, 5, 9, 3, 4, 2];
@@ -9,10 +9,31 @@ pub const LABEL_CLASSES: [usize; 9] = [5, 9, 3, 3, 5, 9, 3, 4, 2];
 /// it; background and style. Class 0 of an object's labels means that there is none.
 pub type TokenLabels = [u8; LABEL_CLASSES.len()];
 
+const SHAPE: usize = 0;
+const COLOUR: usize = 1;
+const TOP_SHAPE: usize = 4;
+const TOP_COLOUR: usize = 5;
+
 /// The place that the middle of every token lies in, for a grid of tokens over a picture, in raster order.
 pub fn token_places(rows: usize, cols: usize) -> Vec<Place> {
     let third = |index: usize, count: usize| ((2 * index + 1) * 3 / (2 * count)) as u8;
     (0..rows * cols).map(|index| Place(3 * third(index / cols, rows) + third(index % cols, cols))).collect()
+}
+
+/// Classes that training never shows beside a token's other labels, each with the index of its label: the shape that no
+/// object of its colour has, and the colour that no object of its shape has ([`is_held_out`]).
+pub fn unseen_labels(labels: &TokenLabels) -> Vec<(usize, u8)> {
+    let mut unseen = Vec::new();
+    for (at_shape, at_colour) in [(SHAPE, COLOUR), (TOP_SHAPE, TOP_COLOUR)] {
+        let colour = Colour::ALL.into_iter().find(|&colour| colour as u8 + 1 == labels[at_colour]);
+        let shape = Shape::ALL.into_iter().find(|&shape| shape as u8 + 1 == labels[at_shape]);
+        let (Some(colour), Some(shape)) = (colour, shape) else { continue };
+        let shapes = Shape::ALL.into_iter().filter(|&other| other != shape && is_held_out(colour, other));
+        unseen.extend(shapes.map(|other| (at_shape, other as u8 + 1)));
+        let colours = Colour::ALL.into_iter().filter(|&other| other != colour && is_held_out(other, shape));
+        unseen.extend(colours.map(|other| (at_colour, other as u8 + 1)));
+    }
+    unseen
 }
 
 impl Scene {
@@ -65,6 +86,23 @@ mod tests {
         }
         assert_eq!(scene.token_labels(18, 18)[18 * 11 + 17], [2, 7, 2, 2, 1, 1, 2, 3, 1]);
         assert_eq!(scene.token_labels(18, 18)[18 * 12 + 17][..7], [0; 7]);
+    }
+
+    #[test]
+    fn what_training_never_shows_is_unseen() {
+        let class = |colour: Colour, shape: Shape| [shape as u8 + 1, colour as u8 + 1];
+        let labels = |[shape, colour]: [u8; 2], [top_shape, top_colour]: [u8; 2]| {
+            [shape, colour, 2, 1, top_shape, top_colour, 1, 0, 0]
+        };
+        let circle = Shape::Circle as u8 + 1;
+        let labels_of_a_square = labels(class(Colour::Cyan, Shape::Square), [0, 0]);
+        assert_eq!(unseen_labels(&labels_of_a_square), [(0, circle), (1, Colour::Blue as u8 + 1)]);
+        let of_two = labels(class(Colour::Red, Shape::Triangle), class(Colour::Cyan, Shape::Cross));
+        let expected = [(1, Colour::Black as u8 + 1), (4, circle), (5, Colour::Purple as u8 + 1)];
+        assert_eq!(unseen_labels(&of_two), expected);
+        // Of a pair that is held out itself only what else is.
+        assert_eq!(unseen_labels(&labels(class(Colour::Cyan, Shape::Circle), [0, 0])), []);
+        assert_eq!(unseen_labels(&labels([0, 0], [0, 0])), []);
     }
 
     #[test]

@@ -36,7 +36,7 @@ use crate::{Image, Language, Message, edit_prompt, generation_prompt};
 
 pub use self::compose::canonical_places;
 pub use self::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
-pub use self::labels::{LABEL_CLASSES, TokenLabels, token_places};
+pub use self::labels::{LABEL_CLASSES, TokenLabels, token_places, unseen_labels};
 pub use self::reader::{Reading, read_scene};
 pub use self::render::{PLACE_PX, SIDE_PX, Variation};
 pub use self::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};
