@@ -73,7 +73,7 @@ fn escape(text: &str) -> String {
 /// Breaks a text into lines of at most so many pixels, after spaces and Chinese characters.
 fn wrap(text: &str, width_px: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for part in text.split_inclusive(|character| character == ' ' || glyph(character).is_fullwidth()) {
+    for part in text.split_inclusive(|character: char| character.is_whitespace() || glyph(character).is_fullwidth()) {
         let last = lines.len() - 1;
         if text_px(&lines[last]) + text_px(part.trim_end()) > width_px && !lines[last].is_empty() {
             lines.push(part.to_string());

@@ -72,8 +72,6 @@ struct KnownInput {
     input: TrainingInput,
     scenes: Vec<Scene>,
     places: Vec<Vec<Place>>,
-    /// Tokens that do not compete for a label, with its index.
-    excluded: Vec<(usize, u32)>,
 }
 
 /// Released names, and those of the head that no file keeps.
@@ -167,17 +165,22 @@ impl LanguageTask {
     fn input(&self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<KnownInput>, TrainError> {
         let Some(Conversation { messages, scenes, places }) = batch.feed.conversation(number)? else { return Ok(None) };
         match self.processor.training_input(&messages, &ProcessOptions::default()) {
-            Ok(input) => {
-                let (tokenizer, image_token) =
-                    (self.processor.tokenizer(), self.module.ar.config().token_ids.image_token_id);
-                let excluded = match batch.stage.loss.exclude_unseen {
-                    true => unseen_words(&input, &places, &scenes, image_token, tokenizer)?,
-                    false => vec![],
-                };
-                Ok(Some(KnownInput { input, scenes, places, excluded }))
-            }
+            Ok(input) => Ok(Some(KnownInput { input, scenes, places })),
             Err(error) => batch.feed.reject(number, &error).map(|()| None),
         }
+    }
+
+    /// Tokens that do not compete for a label, with its index, if the stage leaves them out.
+    fn excluded(
+        &self,
+        stage: &StageRecipe,
+        KnownInput { input, scenes, places }: &KnownInput,
+    ) -> Result<Vec<(usize, u32)>, TrainError> {
+        if !stage.loss.exclude_unseen {
+            return Ok(vec![]);
+        }
+        let image_token = self.module.ar.config().token_ids.image_token_id;
+        Ok(unseen_words(input, places, scenes, image_token, self.processor.tokenizer())?)
     }
 
     /// Samples with images from the frozen encoder; those that come again are encoded once.
@@ -207,7 +210,9 @@ impl LanguageTask {
             images.into_iter().map(encode_one).collect::<Result<Vec<_>, TrainError>>()
         };
         let image_token = self.module.ar.config().token_ids.image_token_id;
-        let encoded = batch.workers.map(new, |(number, KnownInput { input, scenes, places, excluded })| {
+        let encoded = batch.workers.map(new, |(number, known)| {
+            let excluded = self.excluded(batch.stage, &known)?;
+            let KnownInput { input, scenes, places } = known;
             let looks = looks_of(&input, &places, &scenes, image_token);
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let shown = Shown::scenes_of(scenes, input_images.len() + answer_images.len());
@@ -236,7 +241,9 @@ impl LanguageTask {
     ) -> Result<(Vec<KnownSample>, Option<Seen>), TrainError> {
         let (mut texts, mut patches) = (Vec::new(), Vec::new());
         let mut shown = Shown { exclude_unseen: stage.loss.exclude_unseen, ..Shown::default() };
-        for KnownInput { input, scenes, excluded, .. } in inputs {
+        for known in inputs {
+            let excluded = self.excluded(stage, &known)?;
+            let KnownInput { input, scenes, .. } = known;
             let TrainingInput { token_ids, labels, input_images, answer_images, .. } = input;
             let (num_inputs, num_answers) = (input_images.len(), answer_images.len());
             let scenes = Shown::scenes_of(scenes, num_inputs + num_answers);

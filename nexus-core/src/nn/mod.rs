@@ -60,7 +60,7 @@ pub fn index_tensor<const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// Scores of which some, each a row and a column, are so low that a softmax over the columns leaves nothing for them and
+/// Scores in f32 of which some, each a row and a column, are so low that a softmax over the columns leaves nothing for them and
 /// gives them no gradient.
 ///
 /// # Panics
@@ -76,7 +76,7 @@ pub fn without_scores(scores: Tensor<2>, excluded: impl IntoIterator<Item = (usi
     scores + mask
 }
 
-/// Added to scores that are left out: finite, because the gradient of an infinite one is no number.
+/// Added to scores that are left out: finite, so that no difference of two infinities can arise.
 const EXCLUDED_SCORE: f32 = -1e30;
 
 /// Casts only when the dtype differs, so that equal dtypes share the same memory.
