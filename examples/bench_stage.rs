@@ -6,6 +6,8 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
     missing_docs,
     reason = "a bench may panic and print"
 )]
@@ -24,12 +26,16 @@ mod work;
 use std::{fs, path::PathBuf};
 
 use anyhow::Context;
-use clap::Parser;
+use burn::tensor::FloatDType;
+use clap::{Parser, ValueEnum};
 use serde_json::json;
 
 use measure::{Measured, measure};
 use models::Weights;
-use work::STAGES;
+use work::{STAGES, TRAINING};
+
+/// Exit status by which `tools/bench/compare.py` knows that a program does not have a stage.
+const NO_SUCH_STAGE: i32 = 3;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -57,18 +63,43 @@ enum Command {
         /// No new run after this many seconds.
         #[arg(long, default_value_t = 10.0)]
         seconds: f64,
+        /// Dtype of the activations: f32, bf16 or f16; without this, what suits the device. Training is in f32.
+        #[arg(long)]
+        dtype: Option<Dtype>,
         /// Where to write what the stage computed: little-endian f32.
         #[arg(long)]
         output: Option<PathBuf>,
     },
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<Dtype> for FloatDType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
+
 fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::List => STAGES.iter().for_each(|stage| println!("{}", stage.name)),
         Command::Write { models } => models::write(&models)?,
-        Command::Run { stage, models, runs, seconds, output } => {
+        Command::Run { stage, models, runs, seconds, dtype, output } => {
             let stage = STAGES.iter().find(|known| known.name == stage).context("no such stage; see `list`")?;
+            if stage.group == TRAINING && !matches!(dtype, None | Some(Dtype::F32)) {
+                eprintln!("{} is in f32", stage.name);
+                std::process::exit(NO_SUCH_STAGE);
+            }
+            dtype.into_iter().for_each(|dtype| place::choose_compute(dtype.into()));
             let measured = measure(stage, Weights::Files(&models), runs, seconds);
             if let Some(output) = output {
                 fs::write(output, measured.bytes())?;

@@ -67,8 +67,8 @@ pub fn dtype(stage: &Stage) -> String {
     if stage.group == TRAINING {
         return "f32 weights, f32 activations".to_string();
     }
-    let Precision { weights, compute } = Precision::of(&place::device());
-    let weights = match weights {
+    let compute = place::compute();
+    let weights = match Precision::of(&place::device()).weights {
         // The weights of the benches are stored in bf16.
         LoadDType::AsStored => "bf16".to_string(),
         LoadDType::Convert(dtype) => format!("{dtype:?}"),

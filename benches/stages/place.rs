@@ -7,6 +7,7 @@ use nexus::{Device, Precision};
 use nexus_core::testing;
 
 static DEVICE: OnceLock<Device> = OnceLock::new();
+static COMPUTE: OnceLock<FloatDType> = OnceLock::new();
 
 /// Chooses the device before anything runs; without this, it is the one of the tests (`BURN_DEVICE`, or the CPU).
 #[allow(dead_code, reason = "the benches leave the choice to BURN_DEVICE")]
@@ -19,9 +20,16 @@ pub fn device() -> Device {
     DEVICE.get_or_init(testing::device).clone()
 }
 
+/// Chooses the dtype of the activations before anything runs; without this, it is what suits the device.
+#[allow(dead_code, reason = "most programs leave the choice to the device")]
+pub fn choose_compute(dtype: FloatDType) {
+    // The first choice stays.
+    let _ = COMPUTE.set(dtype);
+}
+
 /// Dtype of the activations.
 pub fn compute() -> FloatDType {
-    Precision::of(&device()).compute
+    *COMPUTE.get_or_init(|| Precision::of(&device()).compute)
 }
 
 /// The input that all programs share, see [`testing::ramp`].

@@ -72,9 +72,12 @@ def programs(arguments, nexus):
     torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(threads)]
     commands = {
         "nexus": ([str(nexus), "run"], threads),
+        "nexus bf16": ([str(nexus), "run", "--dtype", "bf16"], threads),
         "torch f32": ([*torch, "--dtype", "f32"], threads),
         "torch bf16": ([*torch, "--dtype", "bf16"], threads),
     }
+    if arguments.without_bf16:
+        commands = {name: command for name, command in commands.items() if "bf16" not in name}
     if arguments.candle:
         commands["candle"] = ([str(arguments.candle)], threads)
     if arguments.one_thread:
@@ -138,6 +141,7 @@ def main():
     parser.add_argument("--results", type=Path, help="JSON file to add results to, for runs in several goes")
     parser.add_argument("--candle", type=Path, help="program built from tools/bench/candle, to be compared too")
     parser.add_argument("--one-thread", action="store_true", help="compare with ourselves on one thread too")
+    parser.add_argument("--without-bf16", action="store_true", help="leave out programs that compute in bf16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="processes per program and stage")
     parser.add_argument("--runs", type=int, default=7, help="most runs in a process, after one to warm up")

@@ -8,8 +8,15 @@ from pathlib import Path
 
 NO_SUCH_STAGE = 3
 MOST_OTHERS = 0.25
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-REFERENCES = ("torch f32", "torch bf16")
+# Ours and theirs, whose ratio is of interest.
+PAIRS = (
+    ("nexus", "torch f32"),
+    ("nexus", "torch bf16"),
+    ("nexus bf16", "torch bf16"),
+    ("nexus", "candle"),
+    ("nexus", "nexus, one thread"),
+)
+PLOTTED = {("nexus", "torch f32"): "#4878a8", ("nexus bf16", "torch bf16"): "#d9822b"}
 LABELS = {
     "prefill_300": "prefill, 300 tokens",
     "decode_token": "one token after 300",
@@ -41,8 +48,19 @@ def median(lines, field):
     return statistics.median(line[field] for line in lines)
 
 
-def ratio(lines, reference, of=statistics.median):
-    return of(times(lines["nexus"])) / of(times(lines[reference]))
+def ratio(lines, pair, of=statistics.median):
+    ours, theirs = pair
+    return of(times(lines[ours])) / of(times(lines[theirs]))
+
+
+def pairs(lines):
+    """The pairs of programs that both measured something."""
+    return [pair for pair in PAIRS if all(name in lines for name in pair)]
+
+
+def words(pair):
+    ours, theirs = pair
+    return f"to {theirs}" if ours == "nexus" else f"{ours} to {theirs}"
 
 
 def duration(seconds):
@@ -56,7 +74,7 @@ def programs(results):
 
 def summary(stage, lines):
     parts = [f"{name} {duration(statistics.median(times(of)))}" for name, of in lines.items()]
-    ratios = [f"{ratio(lines, name):.2f} to {name}" for name in lines if name != "nexus"]
+    ratios = [f"{ratio(lines, pair):.2f} {words(pair)}" for pair in pairs(lines)]
     return f"{stage}: {', '.join(parts)}; ratio {', '.join(ratios)}; difference {lines['nexus'][0]['distance']:.1e}"
 
 
@@ -68,16 +86,19 @@ def table(head, rows):
     return "\n".join(map(row, [head, ["---"] + ["---:"] * (len(head) - 1), *rows]))
 
 
-def ratio_cell(lines, name):
+def ratio_cell(lines, pair):
     """Both ratios; bold if they can be trusted."""
-    median, fastest = f"{ratio(lines, name):.2f}", f"({ratio(lines, name, min):.2f})"
-    trusted = undisturbed(lines["nexus"]) and undisturbed(lines[name])
+    if any(name not in lines for name in pair):
+        return ""
+    median, fastest = f"{ratio(lines, pair):.2f}", f"({ratio(lines, pair, min):.2f})"
+    trusted = all(undisturbed(lines[name]) for name in pair)
     return f"**{median}** {fastest}" if trusted else f"~{median} {fastest}"
 
 
 def tables(results):
     names = programs(results)
-    others = [name for name in names if name != "nexus"]
+    compared = pairs(names)
+    rounded = [name for name in names if name.endswith("bf16")]
 
     def of(lines, name, show):
         return show(lines[name]) if name in lines else ""
@@ -88,8 +109,8 @@ def tables(results):
     speed = [
         [LABELS.get(stage, stage)]
         + [of(lines, name, spread) for name in names]
-        + [of(lines, name, lambda _: ratio_cell(lines, name)) for name in others]
-        + [f"{lines['nexus'][0]['distance']:.0e}", of(lines, "torch bf16", lambda of: f"{of[0]['distance']:.0e}")]
+        + [ratio_cell(lines, pair) for pair in compared]
+        + [of(lines, name, lambda of: f"{of[0]['distance']:.0e}") for name in ("nexus", *rounded)]
         for stage, lines in results["stages"].items()
     ]
 
@@ -104,9 +125,15 @@ def tables(results):
         + [of(lines, name, lambda of: duration(median(of, "load_seconds"))) for name in names]
         for stage, lines in results["stages"].items()
     ]
-    speed_head = ["stage", *names, *(f"ratio to {name}" for name in others), "difference, ours", "difference, bf16"]
+    differences = (f"difference, {name}" for name in ("nexus", *rounded))
+    speed_head = ["stage", *names, *(f"ratio {words(pair)}" for pair in compared), *differences]
     space_head = ["stage", *(f"peak, {name}" for name in names), *(f"loading, {name}" for name in names)]
     return f"{table(speed_head, speed)}\n\n{table(space_head, space)}"
+
+
+def level(results):
+    """What the processor of the machine can do; the page has a block of tables for each."""
+    return results["machine"].split(", ")[1]
 
 
 def machine():
@@ -128,26 +155,31 @@ def measured(results):
     others = f" Other processes used {statistics.mean(known):.2f} cores on average." if known else ""
     return (
         f"Commit {commits}, {torch}; a machine with {results['machine']}; {results['threads']} threads."
-        f"{others}\n\n![Ratios](performance.svg)\n\n{tables(results)}"
+        f"{others}\n\n![Ratios]({picture(results)})\n\n{tables(results)}"
     )
 
 
+def picture(results):
+    return "performance-" + level(results).lower().replace(" ", "-") + ".svg"
+
+
 def write_docs(docs, results):
-    page = docs / "performance.md"
-    before, rest = page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{measured(results)}\n{END}{after}")
-    (docs / "performance.svg").write_text(plot(results))
+    page, what = docs / "performance.md", f"measured: {level(results)}"
+    begin, end = f"<!-- {what} -->", f"<!-- /{what} -->"
+    before, rest = page.read_text().split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{measured(results)}\n{end}{after}")
+    (docs / picture(results)).write_text(plot(results))
 
 
 def plot(results):
     """Bars of our time divided by PyTorch's, on a logarithmic axis around 1."""
-    colours = {"torch f32": "#4878a8", "torch bf16": "#d9822b"}
     bars = [
-        (stage, [(name, ratio(lines, name)) for name in REFERENCES if name in lines])
+        (stage, [(pair, ratio(lines, pair)) for pair in pairs(lines) if pair in PLOTTED])
         for stage, lines in results["stages"].items()
     ]
-    ratios = [value for _, pairs in bars for _, value in pairs]
+    shown = list(dict.fromkeys(pair for _, values in bars for pair, _ in values))
+    ratios = [value for _, values in bars for _, value in values]
     low, high = math.log2(min(ratios + [0.5])) - 0.2, math.log2(max(ratios + [2.0])) + 0.5
     left, width, step, top = 280, 480, 36, 50
     height = top + step * len(bars) + 30
@@ -164,20 +196,20 @@ def plot(results):
         '<rect width="100%" height="100%" fill="#fff"/>',
         text(10, 20, "Time of nexus divided by that of PyTorch; left of 1 is faster"),
     ]
-    for index, name in enumerate(REFERENCES):
-        at = left + 200 + 130 * index
-        parts.append(f'<rect x="{at}" y="10" width="12" height="12" fill="{colours[name]}"/>')
-        parts.append(text(at + 18, 20, "to " + name))
+    for index, pair in enumerate(shown):
+        at = left + 170 + 130 * index
+        parts.append(f'<rect x="{at}" y="10" width="12" height="12" fill="{PLOTTED[pair]}"/>')
+        parts.append(text(at + 18, 20, words(pair)))
     for power in range(math.ceil(low), math.floor(high) + 1):
         value, stroke = 2.0**power, "#222" if power == 0 else "#ddd"
         parts.append(f'<path d="M{x(value):.1f} {top - 8}V{height - 24}" stroke="{stroke}"/>')
         parts.append(text(x(value), height - 8, f"{value:g}", "middle"))
-    for index, (stage, pairs) in enumerate(bars):
+    for index, (stage, values) in enumerate(bars):
         y = top + step * index
         parts.append(text(left - 10, y + 18, LABELS.get(stage, stage), "end"))
-        for place, (name, value) in enumerate(pairs):
+        for place, (pair, value) in enumerate(values):
             start, end = sorted((x(1), x(value)))
             bar = f'x="{start:.1f}" y="{y + 14 * place}" width="{end - start:.1f}" height="12"'
-            parts.append(f'<rect {bar} fill="{colours[name]}"/>')
+            parts.append(f'<rect {bar} fill="{PLOTTED[pair]}"/>')
             parts.append(text(end + 4, y + 14 * place + 10, f"{value:.2f}"))
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -9,14 +9,10 @@ mod product;
 mod winograd;
 mod work;
 
-use std::ops::Deref;
-
-use burn::tensor::{DType, Tensor};
-use half::{bf16, f16};
-use rayon::prelude::*;
+use burn::tensor::Tensor;
 
 use self::{winograd::Picture, work::Output};
-use super::{Level, View, wrap};
+use super::{Floats, Level, wrap_as};
 
 /// A square convolution with bias.
 pub(crate) struct Filter {
@@ -41,7 +37,7 @@ struct Geometry {
     before: usize,
 }
 
-/// Convolves f32 pictures on the flex backend; `None` for any other tensor or kernel.
+/// Convolves pictures on the flex backend; `None` for any other tensor or kernel.
 ///
 /// # Shapes
 /// - `x`: `[batch, in, height, width]`
@@ -84,12 +80,13 @@ fn conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> 
         (geometry.height, geometry.width) = (1, height * width);
         (grid[2], grid[3]) = (1, height * width);
     }
-    let weights = gather::pack(&operands.weight, inputs * kernel * kernel);
-    let fill = |out: &Output| gather::convolve(level, &operands.x, &geometry, &weights, &operands.bias, out);
+    let [x_values, weight, bias] = operands.slices()?;
+    let weights = gather::pack(weight, inputs * kernel * kernel);
+    let fill = |out: &Output| gather::convolve(level, x_values, &geometry, &weights, bias, out);
     // SAFETY: `convolve` writes all of it.
     #[allow(unsafe_code)]
     let values = unsafe { Output::collect(grid, fill) };
-    Some(wrap(values, shape))
+    Some(wrap_as(x.dtype(), values, shape))
 }
 
 fn upsample_conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
@@ -100,14 +97,15 @@ fn winograd_at(level: Level, picture: Picture, x: &Tensor<4>, filter: &Filter) -
     let operands = Operands::of(x, filter)?;
     let [batch, inputs, height, width] = x.dims();
     let scale = if picture == Picture::Doubled { 2 } else { 1 };
-    let shape = [batch, operands.bias.len(), scale * height, scale * width];
-    let weights = winograd::pack(level, picture, &operands.weight, inputs);
-    let pixels = (&*operands.x, [inputs, height, width]);
-    let fill = |out: &Output| winograd::convolve(level, picture, pixels, &weights, &operands.bias, out);
+    let [x_values, weight, bias] = operands.slices()?;
+    let shape = [batch, bias.len(), scale * height, scale * width];
+    let weights = winograd::pack(level, picture, weight, inputs);
+    let pixels = (x_values, [inputs, height, width]);
+    let fill = |out: &Output| winograd::convolve(level, picture, pixels, &weights, bias, out);
     // SAFETY: `convolve` writes all of it.
     #[allow(unsafe_code)]
     let values = unsafe { Output::collect(shape, fill) };
-    Some(wrap(values, shape))
+    Some(wrap_as(x.dtype(), values, shape))
 }
 
 impl Filter {
@@ -131,43 +129,19 @@ impl Operands {
         if is_empty || inputs != weight_inputs {
             return None;
         }
-        let x = Floats::InPlace(View::f32(x)?.into_contiguous());
-        Some(Self { x, weight: Floats::of(&filter.weight)?, bias: Floats::of(&filter.bias)? })
+        let [x, weight] = [x, &filter.weight].map(|tensor| Some(Floats::of(tensor)?.into_contiguous()));
+        Some(Self { x: x?, weight: weight?, bias: Floats::of(&filter.bias)?.into_contiguous() })
     }
-}
 
-/// The values of a float tensor in row-major order.
-enum Floats {
-    InPlace(View),
-    Widened(Vec<f32>),
-}
-
-impl Floats {
-    fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
-        let view = View::of(tensor)?.into_contiguous();
-        Some(match view.dtype() {
-            DType::F32 => Self::InPlace(view),
-            DType::BF16 => Self::Widened(view.contiguous::<bf16>()?.par_iter().map(|value| value.to_f32()).collect()),
-            DType::F16 => Self::Widened(view.contiguous::<f16>()?.par_iter().map(|value| value.to_f32()).collect()),
-            _ => return None,
-        })
-    }
-}
-
-impl Deref for Floats {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match self {
-            Self::InPlace(view) => view.contiguous().expect("made contiguous"),
-            Self::Widened(values) => values,
-        }
+    /// Pictures, weights and bias.
+    fn slices(&self) -> Option<[&[f32]; 3]> {
+        Some([self.x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?])
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Tensor;
+    use burn::tensor::DType;
 
     use super::*;
     use crate::{
@@ -337,9 +311,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_f32_on_the_cpu_is_left_to_the_plain_version() {
+    fn half_pictures_are_those_of_f32_rounded_once() {
+        for dtype in [DType::BF16, DType::F16] {
+            for config in [Conv2dConfig::same(5, 9, 3), Conv2dConfig::same(5, 9, 1), Conv2dConfig::halving(5)] {
+                let (x, filter) = (ramp([1, 5, 6, 7], 5).cast(dtype), filter(config, dtype));
+                let wide = conv2d(&x.clone().cast(DType::F32), &filter).unwrap();
+                assert_eq!(conv2d(&x, &filter).unwrap().into_data(), wide.cast(dtype).into_data());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_tracked_is_left_to_the_plain_version() {
         let filter = filter(Conv2dConfig::same(2, 3, 3), DType::F32);
-        assert!(conv2d(&ramp([1, 2, 4, 4], 9).cast(DType::BF16), &filter).is_none());
         assert!(conv2d(&ramp([1, 2, 4, 4], 9).autodiff(), &filter).is_none());
     }
 }

@@ -42,6 +42,14 @@ impl Level {
         Self::Portable
     }
 
+    /// Whether the CPU multiplies pairs of bf16 at this level.
+    pub(crate) fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Every level that this CPU can run, for tests.
     #[cfg(test)]
     pub(crate) fn available() -> impl Iterator<Item = Self> {

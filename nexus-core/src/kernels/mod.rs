@@ -1,10 +1,11 @@
 //! Fast CPU versions of the blocks in [`crate::nn`]: slices of the flex backend's tensors -> slices.
 //!
-//! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). The plain burn
-//! formulation in `nn` is the default on every other backend and for dtypes that a kernel does not take, and it is the
-//! oracle of the kernel's test. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives
-//! the kernels their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with
-//! the condition that it relies on.
+//! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). It computes in f32:
+//! bf16 and f16 tensors are widened on the way in and rounded once on the way out, but for products of bf16 where the
+//! CPU has them. The plain burn formulation in `nn` is the default on every other backend, and it is the oracle of the
+//! kernel's test. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives the kernels
+//! their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with the condition
+//! that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
 #[cfg(feature = "train")]
@@ -20,6 +21,7 @@ mod norm;
 mod rotary;
 mod rows;
 mod simd;
+mod stored;
 #[cfg(feature = "train")]
 mod tracked;
 mod view;
@@ -33,4 +35,4 @@ pub(crate) use level::Level;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
 pub(crate) use rotary::{Pairs, rotate};
-pub(crate) use view::{View, wrap};
+pub(crate) use view::{Floats, View, wrap, wrap_as};

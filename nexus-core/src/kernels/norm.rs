@@ -1,11 +1,10 @@
 //! Normalisations, fused with what follows them: tensors -> tensor of the same shape.
 
-use burn::tensor::{DType, Tensor};
-use half::{bf16, f16};
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::{
-    Level, View,
+    Floats, Level, View,
     elementwise::silu,
     level::with_level,
     rows::{Rows, map_rows},
@@ -148,10 +147,10 @@ pub(crate) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Result<Ten
     let GroupNormOptions { weight, bias, num_groups, epsilon, silu } = options;
     let [_, channels, height, width] = x.dims();
     let (Some(weight), Some(bias)) = (values_of(weight, channels), values_of(bias, channels)) else { return Err(x) };
-    let Some(view) = View::f32(&x) else { return Err(x) };
+    let Some(floats) = Floats::of(&x) else { return Err(x) };
     let level = Level::detect();
     let group_channels = channels / *num_groups;
-    let Some(statistics) = group_statistics(level, view, group_channels * height * width, *epsilon) else {
+    let Some(statistics) = group_statistics(level, floats, group_channels * height * width, *epsilon) else {
         return Err(x);
     };
     map_rows(x, |first, values| {
@@ -165,8 +164,8 @@ pub(crate) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Result<Ten
 }
 
 /// Mean and reciprocal standard deviation of every group of `size` values.
-pub(super) fn group_statistics(level: Level, view: View, size: usize, epsilon: f64) -> Option<Vec<(f32, f32)>> {
-    let view = view.into_contiguous();
+pub(super) fn group_statistics(level: Level, floats: Floats, size: usize, epsilon: f64) -> Option<Vec<(f32, f32)>> {
+    let floats = floats.into_contiguous();
     let statistics = |group: &[f32]| {
         let (mut count, mut mean, mut squares) = (0.0, 0.0, 0.0);
         for block in group.chunks(BLOCK) {
@@ -185,7 +184,7 @@ pub(super) fn group_statistics(level: Level, view: View, size: usize, epsilon: f
         }
         (mean as f32, (1.0 / (squares / count + epsilon).sqrt()) as f32)
     };
-    let values = view.contiguous::<f32>()?;
+    let values = floats.contiguous()?;
     if size == 0 || values.len() <= BLOCK {
         return Some(values.chunks_exact(size.max(1)).map(statistics).collect());
     }
@@ -214,13 +213,7 @@ fn values_of(weight: &Tensor<1>, count: usize) -> Option<Vec<f32>> {
     if weight.dims() != [count] {
         return None;
     }
-    let view = View::of(weight)?.into_contiguous();
-    match view.dtype() {
-        DType::F32 => Some(view.contiguous::<f32>()?.to_vec()),
-        DType::BF16 => Some(view.contiguous::<bf16>()?.iter().map(|value| value.to_f32()).collect()),
-        DType::F16 => Some(view.contiguous::<f16>()?.iter().map(|value| value.to_f32()).collect()),
-        _ => None,
-    }
+    View::of(weight)?.widened()
 }
 
 /// The mean of some values, and the sum of the squares of their differences to it.
@@ -324,7 +317,7 @@ mod tests {
             for size in [1, 80, BLOCK, 3 * BLOCK + 17] {
                 let x = ramp([1, 2, 1, size], 5) * 3.0 + 10.0;
                 let values = x.to_data().try_into_vec_as::<f32>().unwrap();
-                let statistics = group_statistics(level, View::of(&x).unwrap(), size, EPSILON).unwrap();
+                let statistics = group_statistics(level, Floats::of(&x).unwrap(), size, EPSILON).unwrap();
                 assert_eq!(statistics.len(), 2);
                 for (group, (mean, inverse)) in values.chunks_exact(size).zip(statistics) {
                     let (expected, variance) = moments(group);

@@ -4,9 +4,10 @@ use burn::{
     backend::{DispatchDevice, Flex},
     tensor::{DType, Tensor},
 };
+use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{View, wrap};
+use super::{Floats, Level, stored::Stored, wrap};
 
 /// Values that a thread takes at a time: few enough to stay in its cache while they are read more than once.
 const CHUNK: usize = 16 * 1024;
@@ -47,45 +48,55 @@ impl Starts {
     }
 }
 
-/// Rows of an f32 tensor, in row-major order of its other dimensions, read in place.
+/// Rows of a float tensor, in row-major order of its other dimensions, read in place if they are f32.
 pub(crate) struct Rows {
-    view: View,
+    floats: Floats,
     starts: Starts,
     width: usize,
 }
 
 impl Rows {
-    /// `None` if the tensor does not hold f32 values on the CPU.
+    /// `None` if the tensor does not hold floats on the CPU.
     pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
-        let (mut view, dims) = (View::f32(tensor)?, tensor.dims());
-        if Starts::of(&dims, view.strides()).is_none() {
-            view = view.into_contiguous();
+        let (mut floats, dims) = (Floats::of(tensor)?, tensor.dims());
+        if Starts::of(&dims, floats.strides()).is_none() {
+            floats = floats.into_contiguous();
         }
-        let starts = Starts::of(&dims, view.strides())?;
-        Some(Self { view, starts, width: dims[D - 1] })
+        let starts = Starts::of(&dims, floats.strides())?;
+        Some(Self { floats, starts, width: dims[D - 1] })
     }
 
     #[inline]
     pub(crate) fn row(&self, row: usize) -> &[f32] {
-        &self.view.values()[self.starts.of_row(row)..][..self.width]
+        &self.floats.values()[self.starts.of_row(row)..][..self.width]
     }
 }
 
 /// Replaces the rows of a tensor by what `function` makes of them, in the same buffer if nobody else uses it.
 ///
-/// `function` gets the number of the first of some rows and their values, one row after the other. The tensor comes
-/// back as an error if it does not hold f32 values on the CPU.
+/// `function` gets the number of the first of some rows and their values as f32, one row after the other. The tensor
+/// comes back as an error if it does not hold floats on the CPU.
 pub(crate) fn map_rows<const D: usize>(
     x: Tensor<D>,
     function: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<Tensor<D>, Tensor<D>> {
-    let dims = x.dims();
-    let (count, width) = (dims.iter().product::<usize>(), dims[D - 1]);
     let on_cpu = matches!(x.device().as_dispatch(), DispatchDevice::Flex(_));
-    if x.dtype() != DType::F32 || !on_cpu || count == 0 {
+    if !on_cpu || x.dims().contains(&0) {
         return Err(x);
     }
-    let Ok(mut x) = x.try_into_primitive::<Flex>() else { unreachable!("an f32 tensor of the flex backend") };
+    match x.dtype() {
+        DType::F32 => Ok(map_rows_of::<f32, D>(x, function)),
+        DType::BF16 => Ok(map_rows_of::<bf16, D>(x, function)),
+        DType::F16 => Ok(map_rows_of::<f16, D>(x, function)),
+        _ => Err(x),
+    }
+}
+
+/// [`map_rows`] of a tensor on the CPU that stores `E` and is not empty.
+fn map_rows_of<E: Stored, const D: usize>(x: Tensor<D>, function: impl Fn(usize, &mut [f32]) + Sync) -> Tensor<D> {
+    let (level, dims) = (Level::detect(), x.dims());
+    let (count, width) = (dims.iter().product::<usize>(), dims[D - 1]);
+    let Ok(mut x) = x.try_into_primitive::<Flex>() else { unreachable!("a tensor of the flex backend") };
     let starts = match Starts::of(&dims, x.layout().strides()) {
         Some(starts) => starts,
         None => {
@@ -95,13 +106,14 @@ pub(crate) fn map_rows<const D: usize>(
     };
     let rows = (CHUNK / width).max(1);
     let first = x.layout().start_offset();
+    let map = |chunk: usize, values: &mut [E]| E::in_f32(level, values, |values| function(chunk * rows, values));
     if x.is_contiguous()
-        && let Some(values) = x.try_storage_mut::<f32>()
+        && let Some(values) = x.try_storage_mut::<E>()
     {
-        each_chunk(&mut values[first..first + count], rows * width, |chunk, values| function(chunk * rows, values));
-        return Ok(Tensor::from_primitive::<Flex>(x));
+        each_chunk(&mut values[first..first + count], rows * width, map);
+        return Tensor::from_primitive::<Flex>(x);
     }
-    let values = &x.storage::<f32>()[first..];
+    let values = &x.storage::<E>()[first..];
     let mut copy = Vec::with_capacity(count);
     each_chunk(&mut copy.spare_capacity_mut()[..count], rows * width, |chunk, copy| {
         for (i, copy) in copy.chunks_exact_mut(width).enumerate() {
@@ -109,14 +121,14 @@ pub(crate) fn map_rows<const D: usize>(
         }
         #[allow(unsafe_code)]
         // SAFETY: a chunk is a whole number of rows, and each has just been written.
-        function(chunk * rows, unsafe { copy.assume_init_mut() });
+        map(chunk, unsafe { copy.assume_init_mut() });
     });
     #[allow(unsafe_code)]
     // SAFETY: the chunks cover the first `count` values of the capacity, and each was written in full.
     unsafe {
         copy.set_len(count);
     }
-    Ok(wrap(copy, dims))
+    wrap(copy, dims)
 }
 
 /// Runs `function` on every chunk with its number; a single chunk is not worth another thread.
@@ -191,9 +203,23 @@ mod tests {
     }
 
     #[test]
+    fn halves_are_mapped_as_f32_and_rounded_once() {
+        let third = |_: usize, values: &mut [f32]| values.iter_mut().for_each(|x| *x /= 3.0);
+        for x in layouts() {
+            for dtype in [DType::BF16, DType::F16] {
+                let x = x.clone().cast(dtype);
+                let wide = map_rows(x.clone().cast(DType::F32), third).unwrap();
+                assert_eq!(map_rows(x.clone(), third).unwrap().into_data(), wide.cast(dtype).into_data());
+                let rows = Rows::of(&x).unwrap();
+                let read: Vec<f32> = (0..35).flat_map(|i| rows.row(i).to_vec()).collect();
+                assert_eq!(read, values(&x.cast(DType::F32)));
+            }
+        }
+    }
+
+    #[test]
     fn other_tensors_come_back() {
         let nothing = |_: usize, _: &mut [f32]| {};
-        assert!(map_rows(ramp([2, 3], 1).cast(DType::BF16), nothing).is_err());
         assert!(map_rows(Tensor::<2>::zeros([0, 3], &cpu()), nothing).is_err());
         let tracked = Tensor::<2>::zeros([2, 3], &cpu().autodiff());
         assert!(map_rows(tracked, nothing).is_err());

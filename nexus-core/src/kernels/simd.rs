@@ -38,6 +38,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// The lowest nine bits of each lane as sign and exponent of a float without fraction.
     unsafe fn low_bits_as_exponent(self) -> Self;
+    /// `addend` plus both products of the pairs of bf16 that the lanes of `self` and `factors` hold.
+    ///
+    /// # Safety
+    /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
+    unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self;
 
     /// Writes eight rows of eight elements as columns, which begin `stride` elements apart.
     ///
@@ -153,10 +158,51 @@ impl Simd for Portable {
     unsafe fn low_bits_as_exponent(self) -> Self {
         Self(self.0.map(|lane| f32::from_bits(lane.to_bits() << 23)))
     }
+    #[inline(always)]
+    unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self {
+        let first = |lane: f32| f32::from_bits(lane.to_bits() << 16);
+        let second = |lane: f32| f32::from_bits(lane.to_bits() & 0xffff_0000);
+        Self(std::array::from_fn(|lane| {
+            let (x, y) = (self.0[lane], factors.0[lane]);
+            addend.0[lane] + second(x) * second(y) + first(x) * first(y)
+        }))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
+
+/// Calls a function for the vectors of a level, compiled with its instructions.
+///
+/// `for_simd!(level, name::<G>(arg: Type, ..) -> Out where G: Bound)` calls `name::<Vectors, G>(arg, ..)`. The level must
+/// be one that the CPU has, as [`Level::detect`](super::Level::detect) gives it.
+macro_rules! for_simd {
+    ($level:expr, $name:ident::<$($generic:ident),*>($($arg:ident: $ty:ty),*) $(-> $out:ty)? where $($bound:tt)*) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2<$($bound)*>($($arg: $ty),*) $(-> $out)? {
+            // SAFETY: this function has the instructions, and the caller has checked the arguments.
+            unsafe { $name::<$crate::kernels::simd::Avx2, $($generic),*>($($arg),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512<$($bound)*>($($arg: $ty),*) $(-> $out)? {
+            // SAFETY: as above.
+            unsafe { $name::<$crate::kernels::simd::Avx512, $($generic),*>($($arg),*) }
+        }
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
+            $crate::kernels::Level::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            $crate::kernels::Level::Avx2 => unsafe { avx2::<$($generic),*>($($arg),*) },
+            // SAFETY: every CPU has what this needs.
+            _ => unsafe { $name::<$crate::kernels::simd::Portable, $($generic),*>($($arg),*) },
+        }
+    }};
+}
+pub(crate) use for_simd;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -225,6 +271,16 @@ mod x86 {
         #[inline(always)]
         unsafe fn low_bits_as_exponent(self) -> Self {
             unsafe { Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))) }
+        }
+        #[inline(always)]
+        unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self {
+            unsafe {
+                let mask = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+                let first = |lanes| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(lanes)));
+                let second = |lanes| _mm256_and_ps(lanes, mask);
+                let sum = _mm256_fmadd_ps(second(self.0), second(factors.0), addend.0);
+                Self(_mm256_fmadd_ps(first(self.0), first(factors.0), sum))
+            }
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
@@ -297,6 +353,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn low_bits_as_exponent(self) -> Self {
             unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
+        }
+        #[inline(always)]
+        unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self {
+            unsafe {
+                // Registers of 16 floats and of 32 bf16 are the same.
+                let pairs = |lanes: __m512| std::mem::transmute::<__m512, __m512bh>(lanes);
+                Self(_mm512_dpbf16_ps(addend.0, pairs(self.0), pairs(factors.0)))
+            }
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {

@@ -16,9 +16,9 @@ use self::tile::{KEYS, ROWS, Rows, Scratch, Shape, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::{
-    Level, View,
+    Floats, Level,
     simd::{Portable, Simd},
-    wrap,
+    wrap_as,
 };
 use crate::nn::{Attention, Visibility};
 
@@ -27,7 +27,7 @@ const TASK_ELEMENTS: usize = 65_536;
 /// A task of fewer rows would pack more than it computes.
 const MIN_TASK_ROWS: usize = 48;
 
-/// Attention in f32, or `None` if the tensors are not f32 on the CPU or their shapes ask for what is not supported.
+/// Attention in f32, or `None` if the tensors are not floats on the CPU or their shapes ask for what is not supported.
 ///
 /// # Shapes
 /// As [`crate::nn::attention`]
@@ -66,6 +66,7 @@ fn attention_at(
             (covered.then(|| bounds.windows(2).map(segment).collect())?, None)
         }
     };
+    let dtype = q.dtype();
     let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
     let bias = match &options.bias {
         Some(bias) => Some(Rowwise::of(bias)?),
@@ -82,28 +83,28 @@ fn attention_at(
         group: heads / kv_heads,
     };
     let tasks = call.tasks(batch, kv_heads, &spans);
-    Some(wrap(call.run(&tasks, level), [batch, queries, heads * head_dim]))
+    Some(wrap_as(dtype, call.run(&tasks, level), [batch, queries, heads * head_dim]))
 }
 
 /// A tensor whose last dimension lies in one piece.
 pub(super) struct Rowwise {
-    view: View,
+    floats: Floats,
     dims: [usize; 4],
 }
 
 impl Rowwise {
     pub(super) fn of(tensor: &Tensor<4>) -> Option<Self> {
-        let view = View::f32(tensor)?;
-        let strides = view.strides();
+        let floats = Floats::of(tensor)?;
+        let strides = floats.strides();
         let in_place = strides[3] == 1 && strides.iter().all(|&stride| stride >= 0);
-        let view = if in_place { view } else { view.into_contiguous() };
-        Some(Self { view, dims: tensor.dims() })
+        let floats = if in_place { floats } else { floats.into_contiguous() };
+        Some(Self { floats, dims: tensor.dims() })
     }
 
     pub(super) fn rows(&self) -> Strided<'_> {
-        let strides = self.view.strides();
+        let strides = self.floats.strides();
         Strided {
-            values: self.view.values(),
+            values: self.floats.values(),
             dims: self.dims,
             strides: [strides[0] as usize, strides[1] as usize, strides[2] as usize],
         }
@@ -413,6 +414,22 @@ mod tests {
         check_visibility([&heads_first(1), &heads_first(2), &part(2)], Visibility::Causal, |i, j| j <= i);
         let dim_first = ramp([2, 66, dim, heads], 4).swap_dims(2, 3);
         check_visibility([&dim_first, &part(1), &dim_first], Visibility::All, |_, _| true);
+    }
+
+    #[test]
+    fn halves_are_mixed_in_f32_and_rounded_once() {
+        for dtype in [burn::tensor::DType::BF16, burn::tensor::DType::F16] {
+            let [q, k, v] = qkv([2, 9, 70, 2, 2, 12]).map(|tensor| tensor.cast(dtype));
+            // As from a cache: a part of something longer.
+            let [k, v] = [k, v].map(|tensor| tensor.narrow(1, 3, 50));
+            let wide = [&q, &k, &v].map(|tensor| tensor.clone().cast(burn::tensor::DType::F32));
+            for level in Level::available() {
+                let options = Attention { visibility: Visibility::Causal, ..Default::default() };
+                let mixed = attention_at(level, &q, &k, &v, &options).unwrap();
+                let expected = attention_at(level, &wide[0], &wide[1], &wide[2], &options).unwrap();
+                assert_eq!(mixed.into_data(), expected.cast(dtype).into_data(), "{level:?}");
+            }
+        }
     }
 
     #[test]

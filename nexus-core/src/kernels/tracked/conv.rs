@@ -137,7 +137,7 @@ fn plane_sums(upstream: &Tensor<4>) -> Tensor<1> {
         )
     };
     let planes: Vec<f32> = slice(&view).par_chunks_exact(height * width).map(of_plane).collect();
-    let total = |output: usize| (0..batch).map(|i| planes[i * outputs + output]).sum();
+    let total = |output: usize| (0..batch).map(|i| planes[i * outputs + output]).sum::<f32>();
     wrap((0..outputs).map(total).collect(), [outputs])
 }
 

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     super::{
-        GroupNormOptions, Level, View,
+        Floats, GroupNormOptions, Level, View,
         level::with_level,
         norm::{self as plain, group_statistics, mean_and_squares, sum},
         rows::Rows,
@@ -272,7 +272,7 @@ fn group_norm_slopes(
     let (weights, biases) = (rows_of(&options.weight).row(0).to_vec(), rows_of(&options.bias).row(0).to_vec());
     let view = |tensor: &Tensor<4>| View::f32(tensor).map(View::into_contiguous);
     let (x, slopes) = (view(values), view(upstream));
-    let statistics = view(values).and_then(|view| group_statistics(level, view, size, options.epsilon));
+    let statistics = Floats::of(values).and_then(|floats| group_statistics(level, floats, size, options.epsilon));
     let (Some(x), Some(slopes), Some(statistics)) = (
         x.as_ref().and_then(|view| view.contiguous::<f32>()),
         slopes.as_ref().and_then(|view| view.contiguous::<f32>()),
