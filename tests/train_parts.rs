@@ -157,6 +157,63 @@ fn what_training_never_shows_stays_out_of_the_losses() {
     }
 }
 
+/// Metrics of the only step, and the largest change of a weight by it.
+fn one_step(part: &str, data: Value, stage: Value, more: Value) -> (Value, Vec<f32>) {
+    let mut stage = stage;
+    stage.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    stage["steps"] = json!(1);
+    let recipe = recipe(part, json!("checkpoint"), data, stage);
+    let dir = tempfile::tempdir().unwrap();
+    train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();
+    let metrics = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+    let module = Checkpoint::open(dir.path().join("checkpoints/step-00000001/module.safetensors")).unwrap();
+    let names: Vec<String> = module.entries().map(|entry| entry.name.clone()).collect();
+    let weights = names.iter().flat_map(|name| values(&module, name)).collect();
+    (serde_json::from_str(metrics.lines().next().unwrap()).unwrap(), weights)
+}
+
+/// Every part that has blocks, with a source of data and settings.
+fn parts_with_blocks() -> [(&'static str, Value, Value); 4] {
+    // A guidance whose thousandfold bf16 can tell: 3.5 would be 3.504.
+    let guidance = || json!({"embedded_guidance": 2.0});
+    let everything = json!({"loss": {"input_label_weight": 1.0, "attention_weight": 1.0, "state_layers": 0}});
+    [
+        ("autoregressive", world("editing"), everything),
+        ("vision_encoder", world("understanding"), json!({})),
+        ("generation_decoder", world("generation"), decoder(guidance(), json!({}))),
+        ("editing_decoder", world("editing"), decoder(guidance(), json!({}))),
+    ]
+}
+
+#[test]
+fn recomputed_activations_give_the_same_step() {
+    for (part, data, stage) in parts_with_blocks() {
+        let [kept, again] =
+            [false, true].map(|recompute| one_step(part, data.clone(), stage.clone(), json!({"recompute": recompute})));
+        assert_eq!(kept.0["loss"], again.0["loss"], "{part}");
+        let norms = [&kept, &again].map(|(metrics, _)| metrics["grad_norm"].as_f64().unwrap());
+        assert!((norms[0] - norms[1]).abs() < 1e-5 * norms[0], "{part}: {norms:?}");
+        // AdamW's first step is as long for the smallest gradient as for the largest: where a sum of rounding errors
+        // decides on the sign, weights may differ by two steps.
+        let different = kept.1.iter().zip(&again.1).filter(|(a, b)| (*a - *b).abs() > 1e-4).count();
+        assert!(different * 1000 < kept.1.len(), "{part}: {different} of {} weights", kept.1.len());
+    }
+}
+
+#[test]
+fn activations_in_bf16_give_about_the_same_losses() {
+    for (part, data, stage) in
+        parts_with_blocks().into_iter().chain([("autoencoder", world("generation"), decoder(json!({}), json!({})))])
+    {
+        let [full, half] =
+            ["f32", "bf16"].map(|dtype| one_step(part, data.clone(), stage.clone(), json!({"compute_dtype": dtype})).0);
+        for name in ["loss", "grad_norm"] {
+            let [full, half] = [&full, &half].map(|metrics| metrics[name].as_f64().unwrap());
+            assert!(full != half && (full - half).abs() < 0.05 * full, "{part}: {name} {full}, in bf16 {half}");
+        }
+    }
+}
+
 /// Runs a recipe with micro-batches one after the other, and side by side.
 fn check_side_by_side(recipe: Recipe) {
     let dir = tempfile::tempdir().unwrap();

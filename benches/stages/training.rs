@@ -9,6 +9,7 @@ use nexus::{
     ar::{self, ArModel, ArObjective, NUM_IMAGE_TOKENS, TrainingBatch, TrainingSample},
     core::{
         checkpoint::WeightNames,
+        nn::Recomputation,
         train::{AdamWOptions, GradientSum, Optimizer},
     },
     diffusion::{FlowMatching, FlowMatchingInput, GenerationDecoder, weights::GENERATION_DECODER},
@@ -123,7 +124,7 @@ impl Work for DitTraining {
                 timestep_indices: &[NOISE_LEVEL],
                 embedded_guidance: 3.5,
             };
-            flow.loss(&decoder.dit, input).mse
+            flow.loss(&decoder.dit, input, &mut Recomputation::none()).mse
         })
     }
 }

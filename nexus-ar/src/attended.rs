@@ -72,7 +72,10 @@ impl ArModel {
 #[cfg(test)]
 mod tests {
     use burn::tensor::FloatDType;
-    use nexus_core::testing::{assert_close, cpu};
+    use nexus_core::{
+        nn::Recomputation,
+        testing::{assert_close, cpu},
+    };
 
     use super::*;
     use crate::{
@@ -85,7 +88,11 @@ mod tests {
     }
 
     fn states(model: &ArModel, batch: &TrainingBatch) -> Tensor<2> {
-        ArObjective::default().output(model, batch, FloatDType::F32, 1..2).unwrap().states.remove(0)
+        ArObjective::default()
+            .output(model, batch, FloatDType::F32, 1..2, &mut Recomputation::none())
+            .unwrap()
+            .states
+            .remove(0)
     }
 
     fn loss(model: &ArModel, batch: &TrainingBatch, attended: &[Attended]) -> f32 {

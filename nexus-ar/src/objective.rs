@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, FloatDType, Tensor, activation::log_softmax};
-use nexus_core::nn::{RotaryTable, Visibility, index_tensor, without_scores};
+use nexus_core::nn::{Activation, DecoderLayer, Recomputation, RotaryTable, Visibility, index_tensor, without_scores};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -82,26 +82,28 @@ impl ArObjective {
     /// Differs: the losses are computed in f32 from predictions in `dtype`; scores are computed for learned positions
     /// alone.
     pub fn loss(&self, model: &ArModel, batch: &TrainingBatch, dtype: FloatDType) -> Result<ArLoss, ArError> {
-        Ok(self.output(model, batch, dtype, 0..0)?.loss)
+        Ok(self.output(model, batch, dtype, 0..0, &mut Recomputation::none())?.loss)
     }
 
     /// The losses of a batch as [`ArObjective::loss`] computes them, the predicted embeddings, and the hidden states
-    /// after each number of layers in `state_layers`; gradients reach the model through all three.
+    /// after each number of layers in `state_layers`; gradients reach the model through all three. The layers are the
+    /// blocks of the recomputation, whose `backward` gives the gradients.
     ///
     /// # Errors
     /// As [`ArObjective::loss`].
     ///
     /// # Panics
     /// If the model has fewer layers.
-    pub fn output(
+    pub fn output<'a>(
         &self,
-        model: &ArModel,
+        model: &'a ArModel,
         batch: &TrainingBatch,
         dtype: FloatDType,
         state_layers: Range<usize>,
+        layers: &mut Recomputation<'a>,
     ) -> Result<ArOutput, ArError> {
         let embeds = model.embed_batch(batch, self.prefill, dtype)?;
-        let BatchStates { after: states, last: hidden } = model.batch_states(embeds, batch, state_layers);
+        let BatchStates { after: states, last: hidden } = model.batch_states(embeds, batch, state_layers, layers);
         let zero = || Tensor::zeros([1], (&hidden.device(), DType::F32));
 
         let (mut cross_entropy, mut mse, mut cosine) = (zero(), zero(), zero());
@@ -188,35 +190,47 @@ impl ArModel {
     /// # Panics
     /// If the embeddings are not those of the batch.
     pub fn forward_batch(&self, embeds: Tensor<2>, batch: &TrainingBatch) -> Tensor<2> {
-        self.batch_states(embeds, batch, 0..0).last
+        self.batch_states(embeds, batch, 0..0, &mut Recomputation::none()).last
     }
 
     /// As [`ArModel::forward_batch`], with the hidden states after each of these numbers of layers.
-    fn batch_states(&self, embeds: Tensor<2>, batch: &TrainingBatch, wanted: Range<usize>) -> BatchStates {
+    fn batch_states<'a>(
+        &'a self,
+        embeds: Tensor<2>,
+        batch: &TrainingBatch,
+        wanted: Range<usize>,
+        layers: &mut Recomputation<'a>,
+    ) -> BatchStates {
         let [rows, hidden] = embeds.dims();
         assert_eq!(rows, batch.num_rows(), "rows of the batch");
         assert!(wanted.end <= self.model.layers.len() + 1, "layers of the model");
+        let [embeds] = layers.enter([embeds.unsqueeze()]);
         let mut start = 0;
         let (mut after, mut last) = (vec![Vec::new(); wanted.len()], Vec::new());
         for &Group { samples, tokens } in &batch.groups {
             let rows = samples * tokens;
-            let mut x = embeds.clone().narrow(0, start, rows).reshape([samples, tokens, hidden]);
+            let x = embeds.value().narrow(1, start, rows).reshape([samples, tokens, hidden]);
             let RotaryTable { cos, sin } = self.rotary_table(&batch.positions[start..start + rows], &x);
-            let [_, _, pairs] = cos.dims();
-            let shape = [samples, tokens, pairs];
+            let shape = [samples, tokens, cos.dims()[2]];
             let rotary = RotaryTable { cos: cos.reshape(shape), sin: sin.reshape(shape) };
             start += rows;
-            let mut keep = |done: usize, x: &Tensor<3>| {
+            let flat = |x: &Activation| x.value().reshape([rows, hidden]);
+            let mut keep = |done: usize, x: &Activation| {
                 if wanted.contains(&done) {
-                    after[done - wanted.start].push(x.clone().reshape([rows, hidden]));
+                    after[done - wanted.start].push(flat(x));
                 }
             };
+            let [mut x] = layers.enter([x]);
             keep(0, &x);
             for (index, layer) in self.model.layers.iter().enumerate() {
-                x = layer.forward(x, &rotary, Visibility::Causal, None);
+                let rotary = rotary.clone();
+                let run = move |layer: &DecoderLayer, [x]: [Tensor<3>; 1]| {
+                    [layer.forward(x, &rotary, Visibility::Causal, None)]
+                };
+                [x] = layers.run(layer, [&x], run);
                 keep(index + 1, &x);
             }
-            last.push(self.model.norm.forward(x).reshape([rows, hidden]));
+            last.push(self.model.norm.forward(x.value()).reshape([rows, hidden]));
         }
         let after = after.into_iter().map(|groups| Tensor::cat(groups, 0)).collect();
         BatchStates { after, last: Tensor::cat(last, 0) }
@@ -406,7 +420,8 @@ mod tests {
     fn states_of_layers_lead_to_the_last_and_pick_the_input_images() {
         let (model, objective) = (model(), ArObjective::default());
         let batch = batch(vec![words(), editing(), editing()]);
-        let output = |layers| objective.output(&model, &batch, FloatDType::F32, layers).unwrap();
+        let output =
+            |layers| objective.output(&model, &batch, FloatDType::F32, layers, &mut Recomputation::none()).unwrap();
         let loss = value(&objective.loss(&model, &batch, FloatDType::F32).unwrap().total);
         let image = editing().inputs[0].values.clone().squeeze_dim::<2>(0);
         let inputs = Tensor::cat(vec![image.clone(), image], 0);
@@ -429,9 +444,15 @@ mod tests {
         let mse = (predicted.inner() - truth).square().mean();
         assert_close(&mse, &[value(&with_states.mse)], 1e-6);
         let text = TrainingBatch::new(vec![words()], &tiny()).unwrap();
-        let output = objective.output(&model, &text, FloatDType::F32, 1..2).unwrap();
+        let output = objective.output(&model, &text, FloatDType::F32, 1..2, &mut Recomputation::none()).unwrap();
         assert!(output.answers.is_none() && text.input_states(&output.states[0]).is_none());
-        assert!(objective.output(&model, &text, FloatDType::F32, 0..0).unwrap().states.is_empty());
+        assert!(
+            objective
+                .output(&model, &text, FloatDType::F32, 0..0, &mut Recomputation::none())
+                .unwrap()
+                .states
+                .is_empty()
+        );
     }
 
     /// What the model draws from its own predictions is what it predicts when they are given as the truth.

@@ -1,11 +1,9 @@
 //! What the decoders are trained for: clean latents, noise and noise levels -> flow-matching loss.
 
 use burn::tensor::{DType, Tensor, TensorData};
+use nexus_core::nn::Recomputation;
 
-use crate::{
-    Conditioning, FlowMatchSchedule, LatentSize,
-    transformer::{Dit, DitInput},
-};
+use crate::{Conditioning, FlowMatchSchedule, LatentSize, transformer::Dit};
 
 /// Noise levels that are trained.
 const NUM_TRAIN_STEPS: usize = 1000;
@@ -88,7 +86,8 @@ impl FlowMatching {
         clean * kept + noise * mixed_in
     }
 
-    /// The loss of a batch; gradients reach the transformer and, through the condition tokens, the connector.
+    /// The loss of a batch; gradients reach the transformer and, through the condition tokens, the connector. The blocks
+    /// of the transformer are those of the recomputation, whose `backward` gives the gradients.
     ///
     /// # Panics
     /// If the parts of the input are not of one batch, an index is not below [`FlowMatching::num_steps`], or a side of
@@ -96,7 +95,7 @@ impl FlowMatching {
     ///
     /// Source: Nexus-Gen (train_decoder.py), DiffSynth (flow_match.py, `training_target` and `training_weight`).
     /// Differs: batches, of which each sample has a noise level of its own.
-    pub fn loss(&self, dit: &Dit, input: FlowMatchingInput<'_>) -> FlowLoss {
+    pub fn loss<'a>(&self, dit: &'a Dit, input: FlowMatchingInput<'_>, blocks: &mut Recomputation<'a>) -> FlowLoss {
         let FlowMatchingInput { conditioning, pooled, latents, noise, timestep_indices, embedded_guidance } = input;
         let [batch, channels, height, width] = latents.dims();
         assert_eq!(noise.dims(), latents.dims(), "noise and latents");
@@ -105,12 +104,11 @@ impl FlowMatching {
         let (dtype, device) = (latents.dtype(), latents.device());
         let target = noise.clone().cast(DType::F32) - latents.clone().cast(DType::F32);
         let timesteps: Vec<f32> = timestep_indices.iter().map(|&index| self.schedule.timesteps()[index]).collect();
-        let modulations = dit.modulations(&dit.conditioning(&timesteps, embedded_guidance, pooled));
+        let vector = dit.conditioning(&timesteps, embedded_guidance, pooled);
         let rotary = dit.rotary(&conditioning.text_ids, LatentSize { height, width }, dtype, &device);
         let context = dit.context(conditioning.embeds.clone());
         let noisy = self.add_noise(timestep_indices, latents, noise);
-        let velocity =
-            dit.forward(DitInput { latents: noisy, context, modulations: &modulations, rotary: &rotary }, None);
+        let velocity = dit.forward_recomputed(noisy, context, vector, &rotary, blocks);
 
         let error = (velocity.cast(DType::F32) - target).square();
         let of_samples = error.reshape([batch, channels * height * width]).mean_dim(1).squeeze_dim::<1>(1);
@@ -191,7 +189,7 @@ mod tests {
             timestep_indices: indices,
             embedded_guidance: 3.5,
         };
-        FlowMatching::new().loss(&decoder.dit, input)
+        FlowMatching::new().loss(&decoder.dit, input, &mut Recomputation::none())
     }
 
     #[test]

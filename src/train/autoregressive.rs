@@ -11,6 +11,7 @@ use nexus_core::{
     ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
     config::ConfigError,
+    nn::Recomputation,
     train::{Draws, InitialWeights, initialize},
 };
 use nexus_data::{
@@ -100,7 +101,7 @@ impl LanguageTask {
         let files = ModelFiles::find(model)?;
         let config = ArConfig::read(files.config())?;
         let vision_config = VisionConfig::read(files.config())?;
-        let tracked = training_device(recipe, device);
+        let tracked = device.clone().autodiff();
         let options =
             LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
         let encoder = || {
@@ -238,6 +239,7 @@ impl LanguageTask {
         encoder: &VisionEncoder,
         stage: &StageRecipe,
         inputs: Vec<KnownInput>,
+        blocks: &mut Recomputation<'_>,
     ) -> Result<(Vec<KnownSample>, Option<Seen>), TrainError> {
         let (mut texts, mut patches) = (Vec::new(), Vec::new());
         let mut shown = Shown { exclude_unseen: stage.loss.exclude_unseen, ..Shown::default() };
@@ -257,7 +259,9 @@ impl LanguageTask {
             let pixels = patches.into_iter().map(|patches| patches.into_tensor(&self.device)).collect();
             let pixels: Tensor<2> = Tensor::cat(pixels, 0);
             let embeds = encoder.forward(pixels.clone().cast(compute_dtype(stage)), &shown.grids);
-            Seen { embeds, pixels, shown }
+            // The language model reads them, and so do losses of their own.
+            let [embeds] = blocks.enter([embeds]);
+            Seen { embeds: embeds.value(), pixels, shown }
         });
         let images = seen.iter().flat_map(Seen::images).collect::<Result<Vec<_>, TrainError>>()?;
         let mut images = images.into_iter();
@@ -356,14 +360,15 @@ impl Task for LanguageTask {
         Ok((!is_empty).then_some(LanguageBatch { seed, first, samples }))
     }
 
-    fn loss(
+    fn loss<'a>(
         &self,
-        module: &LanguageModule,
+        module: &'a LanguageModule,
         stage: &StageRecipe,
         LanguageBatch { seed, first, samples }: LanguageBatch,
+        blocks: &mut Recomputation<'a>,
     ) -> Result<Losses, TrainError> {
         let (mut samples, seen) = match (samples, &module.visual) {
-            (Samples::Raw(inputs), Some(encoder)) => self.trained_samples(encoder, stage, inputs)?,
+            (Samples::Raw(inputs), Some(encoder)) => self.trained_samples(encoder, stage, inputs, blocks)?,
             (Samples::Encoded(samples), _) => (samples, None),
             (Samples::Raw(_), None) => unreachable!("inputs stay raw only for an encoder that is trained"),
         };
@@ -378,7 +383,7 @@ impl Task for LanguageTask {
         let LossRecipe { token_weight, image_weight, prefill, state_layers: layer, .. } = stage.loss;
         let objective = ArObjective { token_weight, image_weight, prefill };
         let ArOutput { loss, answers: embeds, states } =
-            objective.output(&module.ar, &batch, compute_dtype(stage), stage.loss.states_read())?;
+            objective.output(&module.ar, &batch, compute_dtype(stage), stage.loss.states_read(), blocks)?;
         let mut losses = Losses {
             total: loss.total,
             parts: vec![
@@ -404,6 +409,7 @@ impl Task for LanguageTask {
         match (seen, embeds) {
             (Some(seen), _) => {
                 let noise = Draws::new(seed, "embeds noise", first).normal(seen.embeds.dims(), &self.device);
+                let noise = noise.cast(seen.embeds.dtype());
                 add_encoder_losses(&mut losses, module, seen, noise * stage.loss.embeds_noise, &stage.loss);
             }
             (None, Some(embeds)) => {
@@ -462,14 +468,6 @@ fn inputs_and_answers(samples: &[KnownSample], exclude_unseen: bool) -> (Shown, 
         }
     }
     (inputs, answers)
-}
-
-/// The device on which gradients are tracked.
-pub(super) fn training_device(recipe: &Recipe, device: &Device) -> Device {
-    match recipe.stages.iter().any(|stage| stage.recompute) {
-        true => device.clone().autodiff().gradient_checkpointing(),
-        false => device.clone().autodiff(),
-    }
 }
 
 pub(super) fn compute_dtype(stage: &StageRecipe) -> FloatDType {

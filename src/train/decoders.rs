@@ -10,6 +10,7 @@ use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
     GridThw, ImageEmbeds,
     checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, load_module, save_module_as},
+    nn::Recomputation,
     train::{Draws, initialize},
 };
 use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, clip_empty_ids, decoder_image};
@@ -24,7 +25,7 @@ use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 
 use super::{
     Initial, Recipe, StageRecipe, TrainError,
-    autoregressive::{compute_dtype, training_device},
+    autoregressive::compute_dtype,
     feed::Conversation,
     pretraining::{answer_and_source, tensor},
     sheet,
@@ -179,7 +180,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         let clip = ClipTextEncoder::load(&Checkpoint::open(clip_dir)?, &clip_config, device, &options)?;
         let ids = clip_empty_ids(clip_config.vocab_size, clip_config.max_position_embeddings);
         let pooled = clip.pooled(&ids, FloatDType::F32)?;
-        let tracked = training_device(recipe, device);
+        let tracked = device.clone().autodiff();
         let config = DiffusionConfig {
             merger: MergerConfig::read(&files.config())?,
             dit: DitConfig::read_beside(&files.nexus)?,
@@ -327,7 +328,13 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         Ok(Some(prepared))
     }
 
-    fn loss(&self, module: &D, stage: &StageRecipe, batch: Prepared) -> Result<Losses, TrainError> {
+    fn loss<'a>(
+        &self,
+        module: &'a D,
+        stage: &StageRecipe,
+        batch: Prepared,
+        blocks: &mut Recomputation<'a>,
+    ) -> Result<Losses, TrainError> {
         let Prepared { seed, numbers, latents, embeds, reference } = batch;
         let [count, channels, height, width] = latents.dims();
         let dtype = compute_dtype(stage);
@@ -356,7 +363,7 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
             timestep_indices: &timestep_indices,
             embedded_guidance: stage.decoder.embedded_guidance as f32,
         };
-        let loss = self.flow.loss(module.dit(), input);
+        let loss = self.flow.loss(module.dit(), input, blocks);
         Ok(Losses { total: loss.total, parts: vec![("mse", loss.mse)] })
     }
 

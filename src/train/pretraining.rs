@@ -5,6 +5,7 @@ use std::path::Path;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nexus_core::{
     checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, save_module_as},
+    nn::Recomputation,
     train::{Draws, initialize},
 };
 use nexus_data::{Image, Message, Role, decoder_image};
@@ -16,7 +17,7 @@ use nexus_diffusion::{
 
 use super::{
     Initial, Recipe, StageRecipe, TrainError,
-    autoregressive::{compute_dtype, training_device},
+    autoregressive::compute_dtype,
     feed::Conversation,
     run::write_whole,
     sheet,
@@ -37,7 +38,7 @@ impl AutoencoderTask {
     pub(crate) fn open(recipe: &Recipe, model: &Path, device: &Device) -> Result<Self, TrainError> {
         let files = ModelFiles::find(model)?;
         let config = AutoencoderConfig::read_beside(&files.flux)?;
-        let device = training_device(recipe, device);
+        let device = device.clone().autodiff();
         let options =
             LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
         let module = match &recipe.initial {
@@ -95,11 +96,12 @@ impl Task for AutoencoderTask {
         Ok(Some((pictures, noise)))
     }
 
-    fn loss(
+    fn loss<'a>(
         &self,
-        module: &Autoencoder,
+        module: &'a Autoencoder,
         stage: &StageRecipe,
         (pictures, noise): Self::Batch,
+        _: &mut Recomputation<'a>,
     ) -> Result<Losses, TrainError> {
         let objective =
             AutoencoderObjective { gradient_weight: stage.loss.gradient_weight, kl_weight: stage.loss.kl_weight };

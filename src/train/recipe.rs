@@ -130,7 +130,8 @@ pub struct StageRecipe {
     /// Dtype of the activations; the weights of the optimizer are f32 always.
     #[serde(default)]
     pub compute_dtype: ComputeDType,
-    /// Recomputes activations in the backward pass instead of keeping them: less memory, more time.
+    /// Keeps the input alone of every layer of the language model and of every block of a transformer, and computes the
+    /// rest again in the backward pass: less memory, the time of one more forward pass. Not for the autoencoder.
     #[serde(default)]
     pub recompute: bool,
     /// What the losses weigh.

@@ -12,6 +12,7 @@ use burn::{
 };
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors},
+    nn::Recomputation,
     train::{GradientSum, NamePattern, Optimizer, WeightAverage, freeze},
 };
 use nexus_data::Image;
@@ -39,8 +40,14 @@ pub(crate) trait Task: Sync {
     /// Some samples of a stage, ready for the module; `None` if none of them can be used.
     fn prepare(&mut self, micro_batch: MicroBatch<'_>) -> Result<Option<Self::Batch>, TrainError>;
 
-    /// The losses of a micro-batch.
-    fn loss(&self, module: &Self::Module, stage: &StageRecipe, batch: Self::Batch) -> Result<Losses, TrainError>;
+    /// The losses of a micro-batch; `blocks` gives their gradients.
+    fn loss<'a>(
+        &self,
+        module: &'a Self::Module,
+        stage: &StageRecipe,
+        batch: Self::Batch,
+        blocks: &mut Recomputation<'a>,
+    ) -> Result<Losses, TrainError>;
 
     /// Writes the module under the released file names.
     fn export(&self, module: Self::Module, dir: &Path) -> Result<(), TrainError>;
@@ -254,11 +261,12 @@ fn backward_all<T: Task>(
         )
     });
     workers.map(forks.collect(), |(module, batch)| {
-        let losses = task.loss(&module, stage, batch)?;
+        let mut blocks = if stage.recompute { Recomputation::of_blocks() } else { Recomputation::none() };
+        let losses = task.loss(&module, stage, batch, &mut blocks)?;
         let (values, mut gradients) = (LossValues::read(&losses)?, GradientSum::new());
         // Samples may not reach what is trained, such as text alone with a vision head.
         if losses.total.is_tracked() {
-            gradients.add(losses.total.backward(), &module, &task.names());
+            blocks.backward(&losses.total, |part| gradients.add(part, &module, &task.names()));
         }
         Ok((values, gradients))
     })

@@ -13,6 +13,7 @@ mod key_value;
 mod linear;
 mod norm;
 mod quantization;
+mod recomputation;
 mod rotary;
 
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
@@ -29,6 +30,7 @@ pub use key_value::KeyValue;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
 pub use quantization::{Quantization, weight_bytes};
+pub use recomputation::{Activation, Recomputation};
 pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
 #[cfg(all(test, feature = "flex", feature = "train"))]
 pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};

@@ -11,7 +11,7 @@ use crate::checkpoint::{ModulePath, WeightNames, follow_path};
 /// Gradients of the trained parameters, summed over the micro-batches of a step, in f32.
 #[derive(Debug, Default)]
 pub struct GradientSum {
-    pub(super) by_name: BTreeMap<String, Tensor<1>>,
+    pub(crate) by_name: BTreeMap<String, Tensor<1>>,
 }
 
 impl GradientSum {

@@ -7,7 +7,7 @@ use burn::{
 };
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Linear, RotaryTable},
+    nn::{Linear, Recomputation, RotaryTable},
 };
 
 use super::{
@@ -197,6 +197,51 @@ impl Dit {
             }
         };
         unpatchify(self.final_proj_out.forward(input.modulations.output.modulate(image)), size)
+    }
+
+    /// [`Dit::forward`] for training, from the conditioning vector: the blocks are those of the recomputation, and each
+    /// makes its modulation itself.
+    ///
+    /// # Shapes
+    /// - `latents`: `[batch, channels, height, width]`
+    /// - `context`: `[batch, text tokens, dim]`
+    /// - `conditioning`: `[batch, dim]`
+    /// - returns: as `latents`
+    ///
+    /// # Panics
+    /// As [`Dit::forward`].
+    pub fn forward_recomputed<'a>(
+        &'a self,
+        latents: Tensor<4>,
+        context: Tensor<3>,
+        conditioning: Tensor<2>,
+        rotary: &RotaryTable,
+        blocks: &mut Recomputation<'a>,
+    ) -> Tensor<4> {
+        let size = LatentSize::of(&latents);
+        let vector = |conditioning: Tensor<3>| conditioning.squeeze_dim::<2>(1);
+        let entering = [self.x_embedder.forward(patchify(latents)), context, conditioning.unsqueeze_dim(1)];
+        let [mut image, mut text, shared] = blocks.enter(entering);
+        let ([_, image_tokens, _], [_, text_tokens, _]) = (image.value().dims(), text.value().dims());
+        assert_eq!(rotary.cos.dims()[1], text_tokens + image_tokens, "rotary table and tokens");
+        for block in &self.blocks {
+            let rotary = rotary.clone();
+            let run = move |block: &DoubleBlock, [image, text, conditioning]: [Tensor<3>; 3]| {
+                <[_; 2]>::from(block.forward(image, text, &block.modulation(&vector(conditioning)), &rotary))
+            };
+            [image, text] = blocks.run(block, [&image, &text, &shared], run);
+        }
+        let [mut joined] = blocks.enter([Tensor::cat(vec![text.value(), image.value()], 1)]);
+        for block in &self.single_blocks {
+            let rotary = rotary.clone();
+            let run = move |block: &SingleBlock, [joined, conditioning]: [Tensor<3>; 2]| {
+                [block.forward(joined, &block.modulation(&vector(conditioning)), &rotary)]
+            };
+            [joined] = blocks.run(block, [&joined, &shared], run);
+        }
+        let modulation = self.final_norm_out.output(&vector(shared.value()));
+        let image = joined.value().narrow(1, text_tokens, image_tokens);
+        unpatchify(self.final_proj_out.forward(modulation.modulate(image)), size)
     }
 
     /// All blocks.
