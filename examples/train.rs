@@ -46,7 +46,9 @@ fn main() -> Result<()> {
     env_logger::builder().filter_level(log::LevelFilter::Warn).parse_default_env().init();
     let recipe = Recipe::read(&args.recipe)?;
     let device = nexus::device(&args.device)?;
-    fill_text_encoders(&args.model, recipe.seed, &device)?;
+    for path in fill_text_encoders(&recipe, &args.model, &device)? {
+        println!("random weights: {}", path.display());
+    }
     let outcome = train(&recipe, &args.model, &args.run, &device, &mut observer(&recipe, args.seconds))?;
     match outcome {
         TrainOutcome::Stopped(state) => println!("stopped after step {}; run it again to go on", state.steps),
@@ -72,6 +74,8 @@ fn observer(recipe: &Recipe, seconds: Option<u64>) -> impl FnMut(TrainEvent<'_>)
     let mut sum_seconds = 0.0;
     let mut sum_samples = 0;
     move |event| {
+        // A bar that is hidden prints nothing.
+        let say = |line: String| if plain { eprintln!("{line}") } else { bar.println(line) };
         match event {
             TrainEvent::Resumed { checkpoint, steps } => {
                 bar.set_position(steps as u64);
@@ -96,8 +100,8 @@ fn observer(recipe: &Recipe, seconds: Option<u64>) -> impl FnMut(TrainEvent<'_>)
                     (sum_seconds, sum_samples) = (sum_seconds * 0.5, sum_samples / 2);
                 }
             }
-            TrainEvent::Checkpoint { path } => bar.println(format!("checkpoint: {}", path.display())),
-            TrainEvent::Samples { path } => bar.println(format!("samples: {}", path.display())),
+            TrainEvent::Checkpoint { path } => say(format!("checkpoint: {}", path.display())),
+            TrainEvent::Samples { path } => say(format!("samples: {}", path.display())),
             _ => {}
         }
         match seconds.is_some_and(|limit| started.elapsed().as_secs() >= limit) {

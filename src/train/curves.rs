@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{RunDir, TrainError};
 
 /// Lines of the file that are no losses.
-const NOT_LOSSES: [&str; 3] = ["step", "learning_rate", "stage"];
+const NOT_LOSSES: [&str; 4] = ["step", "learning_rate", "grad_norm", "stage"];
 
 /// Draws every loss part against the step, on a logarithmic scale.
 pub(super) fn draw(dir: &RunDir) -> Result<(), TrainError> {

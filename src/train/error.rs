@@ -75,6 +75,16 @@ pub enum TrainError {
         /// Stage of the recipe.
         stage: String,
     },
+    /// A text encoder without weights, of a model that is there already.
+    #[error(
+        "{path}: no such file; download it, or copy it from another model: only a recipe that begins with random weights \
+         makes random text encoders too",
+        path = path.display()
+    )]
+    TextEncoderMissing {
+        /// File that was looked for.
+        path: PathBuf,
+    },
     /// The curves cannot be drawn.
     #[error("{path}: cannot draw the curves: {reason}", path = path.display())]
     Plot {
