@@ -285,6 +285,14 @@ fn wrong_recipes_are_refused() {
         ("/stages/0", stage("first", json!({"loss": {"label_weight": 1.0}})), "label_weight"),
         ("/stages/0", stage("first", json!({"loss": {"attention_weight": 1.0}})), "attention_weight"),
         ("/stages/0", stage("first", json!({"loss": {"exclude_unseen": true}})), "exclude_unseen"),
+        ("/stages/0", stage("first", json!({"loss": {"prefill": false}})), "prefill`: has no meaning for Autoencoder"),
+        ("/stages/0", stage("first", json!({"loss": {"token_weight": 1.0}})), "token_weight"),
+        ("/stages/0", stage("first", json!({"loss": {"embeds_noise": 0.1}})), "embeds_noise"),
+        ("/stages/0", stage("first", json!({"loss": {"state_layers": 1}})), "state_layers"),
+        ("/stages/0/decoder", json!({"picture_px": 32, "condition_dropout": 0.1}), "condition_dropout"),
+        ("/stages/0/decoder", json!({"picture_px": 32, "embedded_guidance": 1.0}), "embedded_guidance"),
+        ("/part", json!("autoregressive"), "picture_px"),
+        ("/part", json!("vision_encoder"), "picture_px"),
         ("/parallel_micro_batches", json!(0), "parallel_micro_batches"),
         ("/part", json!("tokenizer"), "tokenizer"),
     ] {
@@ -294,6 +302,27 @@ fn wrong_recipes_are_refused() {
         let error = Recipe::read(&path).unwrap_err().to_string();
         assert!(error.contains(expected), "{pointer}: {error}");
     }
+    for (part, settings, expected) in [
+        ("generation_decoder", json!({"loss": {"kl_weight": 1e-5}}), "kl_weight"),
+        ("editing_decoder", json!({"loss": {"appearance_weight": 2.0}}), "appearance_weight"),
+        ("vision_encoder", json!({"decoder": {}, "loss": {"selection_weight": 1.0}}), "selection_weight"),
+        ("autoregressive", json!({"decoder": {}, "loss": {"gradient_weight": 2.0}}), "gradient_weight"),
+        ("autoregressive", json!({"decoder": {"condition_dropout": 0.1}}), "condition_dropout"),
+    ] {
+        let mut case = Case::new().set("/part", json!(part));
+        case.recipe["stages"] = json!([stage("only", settings)]);
+        let path = case.dir.path().join("recipe.json");
+        fs::write(&path, case.recipe.to_string()).unwrap();
+        let error = Recipe::read(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{expected}`: has no meaning for")), "{part}: {error}");
+    }
+    let mut case = Case::new().set("/part", json!("autoregressive"));
+    case.recipe["stages"] = json!([stage("only", json!({"decoder": {}}))]);
+    case.recipe["sample_every"] = json!(5);
+    let path = case.dir.path().join("recipe.json");
+    fs::write(&path, case.recipe.to_string()).unwrap();
+    let error = Recipe::read(&path).unwrap_err().to_string();
+    assert!(error.contains("sample_every") && error.contains("Autoregressive"), "{error}");
     let case = Case::new().set("/stages/0/frozen", json!(["encodre.*"]));
     let error = case.run("run").unwrap_err();
     assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "encodre.*"), "{error}");

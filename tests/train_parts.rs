@@ -18,9 +18,10 @@ fn recipe(part: &str, initial: Value, data: Value, stage: Value) -> Recipe {
         "name": "only", "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "data": [{"source": data, "weight": 1.0}],
     });
     first.as_object_mut().unwrap().extend(stage.as_object().unwrap().clone());
+    let draws = ["autoencoder", "generation_decoder", "editing_decoder"].contains(&part);
     let recipe = json!({
-        "command": "", "time": "", "expected": "", "part": part, "seed": 5, "initial": initial,
-        "checkpoint_every": 1, "log_every": 1, "sample_every": 2, "max_rejected": 0, "stages": [first],
+        "command": "", "time": "", "expected": "", "part": part, "seed": 5, "initial": initial, "checkpoint_every": 1,
+        "log_every": 1, "sample_every": draws.then_some(2), "max_rejected": 0, "stages": [first],
     });
     serde_json::from_value(recipe).unwrap()
 }

@@ -23,6 +23,7 @@ mod feed;
 mod labels;
 mod pretraining;
 mod recipe;
+mod recipe_fields;
 mod run;
 mod sheet;
 mod text_encoders;

@@ -12,6 +12,8 @@ use nexus_core::{
 use nexus_data::world;
 use serde::{Deserialize, Serialize};
 
+use super::recipe_fields::check_used;
+
 /// What a run trains and how.
 ///
 /// Unknown fields are refused: a misspelt one would otherwise train with a default.
@@ -40,7 +42,7 @@ pub struct Recipe {
     /// Steps between two lines of metrics.
     #[serde(default = "ten")]
     pub log_every: usize,
-    /// Steps between two sheets of sample pictures; never if absent.
+    /// Steps between two sheets of sample pictures, of parts that draw; never if absent.
     #[serde(default)]
     pub sample_every: Option<usize>,
     /// Micro-batches of a step that are computed side by side, each with its share of the CPU's threads; their losses
@@ -205,15 +207,16 @@ pub enum ComputeDType {
     Bf16,
 }
 
-/// What the parts of the losses weigh; each part of the model reads its own fields.
+/// What the parts of the losses weigh; a field that a part of the model does not read must not be set for it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossRecipe {
-    /// Autoregressive: cross-entropy of text.
+    /// Vision encoder and autoregressive: cross-entropy of text.
     pub token_weight: f64,
-    /// Autoregressive: error of predicted embeddings.
+    /// Vision encoder and autoregressive: error of predicted embeddings.
     pub image_weight: f64,
-    /// Autoregressive: whether image positions hold prefill embeddings (the model's way) or the true embedding before.
+    /// Vision encoder and autoregressive: whether image positions hold prefill embeddings (the model's way) or the true
+    /// embedding before.
     pub prefill: bool,
     /// Vision encoder: reconstruction of pixels and positions from embeddings.
     pub appearance_weight: f64,
@@ -275,7 +278,7 @@ impl Default for LossRecipe {
     }
 }
 
-/// What the decoders' stages need.
+/// What the decoders' stages need; of this, the autoencoder's read the size of the pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DecoderRecipe {
@@ -331,6 +334,11 @@ impl Recipe {
         if matches!(self.initial, Initial::GenerationDecoder(_)) && self.part != TrainedPart::EditingDecoder {
             let reason = format!("only the editing decoder begins with the generation decoder, not {:?}", self.part);
             return Err(ConfigError::incoherent("initial", reason));
+        }
+        if self.sample_every.is_some() && matches!(self.part, TrainedPart::VisionEncoder | TrainedPart::Autoregressive)
+        {
+            let reason = format!("has no meaning for {:?}, which draws no pictures", self.part);
+            return Err(ConfigError::incoherent("sample_every", reason));
         }
         for stage in &self.stages {
             positive("steps", stage.steps)?;
@@ -410,25 +418,18 @@ impl StageRecipe {
         if self.distinct_samples == Some(0) {
             return wrong("distinct_samples", "must be positive; leave it out for no limit".to_string());
         }
-        let is_decoder = matches!(part, TrainedPart::GenerationDecoder | TrainedPart::EditingDecoder);
+        check_used(self, part)?;
         let LossRecipe { label_weight, input_label_weight, attention_weight, selection_weight, .. } = self.loss;
-        let language_model = [TrainedPart::VisionEncoder, TrainedPart::Autoregressive];
-        for (field, asked, parts) in [
-            ("label_weight", label_weight > 0.0, &language_model[..]),
-            ("input_label_weight", input_label_weight > 0.0, &language_model[1..]),
-            ("attention_weight", attention_weight > 0.0, &language_model[1..]),
-            ("selection_weight", selection_weight > 0.0, &language_model[1..]),
-            ("exclude_unseen", self.loss.exclude_unseen, &language_model[..]),
+        for (field, asked) in [
+            ("label_weight", label_weight > 0.0),
+            ("input_label_weight", input_label_weight > 0.0),
+            ("attention_weight", attention_weight > 0.0),
+            ("selection_weight", selection_weight > 0.0),
+            ("exclude_unseen", self.loss.exclude_unseen),
         ] {
-            if asked && !parts.contains(&part) {
-                return wrong(field, format!("has no meaning for {part:?}"));
-            }
             if asked && !self.data.iter().any(|data| matches!(data.source, Source::World { .. })) {
                 return wrong(field, "no source of the stage knows what its pictures show".to_string());
             }
-        }
-        if !is_decoder && predicted_embeds > 0.0 {
-            return wrong("predicted_embeds", format!("has no meaning for {part:?}"));
         }
         Ok(())
     }
