@@ -230,6 +230,48 @@ fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
 }
 
 #[test]
+fn a_path_may_be_typed_in_another_way() {
+    let case = Case::new();
+    case.run("run").unwrap();
+    fs::create_dir(case.dir.path().join("sub")).unwrap();
+    let recipe = Recipe::read(case.dir.path().join("sub/../recipe.json")).unwrap();
+    let outcome = train(&recipe, random_models_dir(), case.dir.path().join("run"), &cpu(), &mut unobserved);
+    assert!(matches!(outcome.unwrap(), TrainOutcome::Finished(_)));
+}
+
+#[test]
+fn a_checkpoint_of_another_seed_is_refused() {
+    let case = Case::new();
+    case.run("run").unwrap();
+    let state = fs::read_to_string(case.checkpoints("run").last().unwrap().join("state.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&state).unwrap()["seed"], json!(3));
+    fs::remove_file(case.dir.path().join("run/recipe.json")).unwrap();
+    let error = case.set("/seed", json!(4)).run("run").unwrap_err();
+    assert!(matches!(error, TrainError::OtherRecipe { field: "seed", .. }), "{error}");
+}
+
+#[test]
+fn a_checkpoint_of_another_architecture_is_refused_by_name_and_shape() {
+    let mut case = Case::new();
+    case.recipe["initial"] = json!({"random": {"seed": 1}});
+    case.run("run").unwrap();
+    let config = "FLUX/FLUX.1-dev/ae_config.json";
+    let models = case.dir.path().join("models");
+    for path in ["Nexus-GenV2/config.json", config] {
+        fs::create_dir_all(models.join(path).parent().unwrap()).unwrap();
+        fs::copy(random_models_dir().join(path), models.join(path)).unwrap();
+    }
+    let mut wider: Value = serde_json::from_str(&fs::read_to_string(models.join(config)).unwrap()).unwrap();
+    wider["ch"] = json!(16);
+    fs::write(models.join(config), wider.to_string()).unwrap();
+    let run = case.dir.path().join("run");
+    let error = train(&case.recipe(), models, run, &cpu(), &mut unobserved).unwrap_err().to_string();
+    for part in ["step-00000006", "module.safetensors", "encoder.conv_in.weight", "[16, 3, 3, 3]", "[8, 3, 3, 3]"] {
+        assert!(error.contains(part), "no {part} in {error}");
+    }
+}
+
+#[test]
 fn bad_samples_are_set_aside_until_the_limit() {
     let case = Case::new();
     let data = case.read("data.jsonl");

@@ -299,19 +299,15 @@ impl Default for DecoderRecipe {
 }
 
 impl Recipe {
-    /// Reads and checks a recipe; relative paths in it become relative to its directory.
+    /// Reads and checks a recipe; relative paths in it are looked for in its directory.
     ///
     /// # Errors
     /// [`ConfigError`] with the path and the field at fault.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
         let mut recipe: Self = read_json(path)?;
-        let dir = path.parent().unwrap_or(Path::new(""));
-        for data in recipe.stages.iter_mut().flat_map(|stage| &mut stage.data) {
-            if let Source::Messages { path } = &mut data.source {
-                *path = dir.join(&path);
-            }
-        }
+        let dir = path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
+        recipe.stages = recipe.stages_beside(dir);
         recipe.validate()?;
         Ok(recipe)
     }
@@ -355,15 +351,29 @@ impl Recipe {
         self.stages.iter().map(|stage| stage.steps).sum()
     }
 
+    /// The stages with the paths of their files as the file system has them, however they were typed; relative ones are
+    /// looked for in `dir`. A file that is not there keeps its path.
+    fn stages_beside(&self, dir: &Path) -> Vec<StageRecipe> {
+        let resolved = |path: PathBuf| path.canonicalize().unwrap_or(path);
+        let mut stages = self.stages.clone();
+        for data in stages.iter_mut().flat_map(|stage| &mut stage.data) {
+            if let Source::Messages { path } = &mut data.source {
+                *path = resolved(resolved(dir.to_path_buf()).join(&path));
+            }
+        }
+        stages
+    }
+
     /// The first field in which this recipe would train otherwise than another one; notes, how often things are
     /// written and what is computed side by side make no difference.
     pub fn differs_from(&self, other: &Self) -> Option<&'static str> {
-        let Self { part, seed, initial, stages, .. } = self;
+        let Self { part, seed, initial, .. } = self;
+        let here = Path::new(".");
         let checks = [
             ("part", *part == other.part),
             ("seed", *seed == other.seed),
             ("initial", *initial == other.initial),
-            ("stages", *stages == other.stages),
+            ("stages", self.stages_beside(here) == other.stages_beside(here)),
         ];
         checks.into_iter().find(|(_, same)| !same).map(|(field, _)| field)
     }

@@ -24,13 +24,15 @@ use super::{Recipe, TrainError};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {
+    /// Seed of the recipe.
+    pub seed: u64,
     /// Stage of the recipe, from 0.
     pub stage: usize,
     /// Steps done in this stage.
     pub stage_steps: usize,
     /// Steps done in all.
     pub steps: usize,
-    /// Samples of this stage that were used, which is where the data go on.
+    /// Samples of this stage that were used or could not be, which is where the data go on.
     pub cursor: u64,
     /// Samples that were set aside.
     pub rejected: u64,
@@ -87,6 +89,9 @@ impl RunDir {
             }
         }
         let latest = latest(&checkpoints)?;
+        if latest.as_ref().is_some_and(|(_, state)| state.seed != recipe.seed) {
+            return Err(TrainError::OtherRecipe { path: path.to_path_buf(), field: "seed" });
+        }
         let history = match &latest {
             Some((checkpoint, _)) => {
                 let history = checkpoint.join(HISTORY);

@@ -122,7 +122,7 @@ pub(crate) fn train<T: Task>(
     let (mut dir, latest) = RunDir::open(run, recipe)?;
     let names = task.names();
     let mut module = task.module()?;
-    let mut state = RunState::default();
+    let mut state = RunState { seed: recipe.seed, ..RunState::default() };
     let mut saved = None;
     if let Some((checkpoint, at)) = latest {
         let file = Checkpoint::open(checkpoint.join(MODULE))?;
