@@ -12,6 +12,7 @@ use std::{
 
 use nexus::{
     Image, Message,
+    core::checkpoint::Checkpoint,
     data::MessagesFile,
     train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved},
 };
@@ -74,6 +75,19 @@ impl Case {
     fn results(&self, name: &str) -> (String, Vec<u8>) {
         let weights = self.dir.path().join(name).join("export/ae.safetensors");
         (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap())
+    }
+
+    /// The line of metrics of each step.
+    fn metrics(&self, name: &str) -> Vec<Value> {
+        self.read(&format!("{name}/metrics.jsonl")).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Makes a line of the data one whose picture is missing.
+    fn spoil(&self, lines: std::ops::Range<usize>) {
+        let bad = r#"{"messages":[{"role":"user","content":"<image>"},{"role":"assistant","content":"x"}],"images":["no.png"]}"#;
+        let data = self.read("data.jsonl");
+        let spoilt = data.lines().enumerate().map(|(index, line)| if lines.contains(&index) { bad } else { line });
+        fs::write(self.dir.path().join("data.jsonl"), spoilt.collect::<Vec<_>>().join("\n")).unwrap();
     }
 
     fn checkpoints(&self, name: &str) -> Vec<PathBuf> {
@@ -220,16 +234,6 @@ fn another_recipe_is_refused_and_names_what_differs() {
 }
 
 #[test]
-fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
-    let case = Case::new().set("/stages/0/learning_rate", json!(1e30)).set("/stages/0/warmup_steps", json!(0));
-    let error = case.run("run").unwrap_err();
-    let TrainError::NotFinite { step, parameter } = &error else { panic!("{error}") };
-    assert!(*step >= 2 && parameter.contains("coder"), "{error}");
-    let intact = case.checkpoints("run");
-    assert!(intact.last().unwrap().join("state.json").is_file());
-}
-
-#[test]
 fn a_path_may_be_typed_in_another_way() {
     let case = Case::new();
     case.run("run").unwrap();
@@ -272,20 +276,87 @@ fn a_checkpoint_of_another_architecture_is_refused_by_name_and_shape() {
 }
 
 #[test]
+fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
+    let case = Case::new().set("/stages/0/learning_rate", json!(1e30)).set("/stages/0/warmup_steps", json!(0));
+    let error = case.run("run").unwrap_err();
+    let TrainError::NotFinite { step, parameter } = &error else { panic!("{error}") };
+    assert!(*step >= 2 && parameter.contains("coder"), "{error}");
+}
+
+#[test]
+fn weights_that_are_no_numbers_never_reach_a_checkpoint() {
+    // More than f32 holds, so that the first step of the second stage spoils weights that its loss does not show.
+    let case = Case::new().set("/stages/1/learning_rate", json!(1e39)).set("/stages/1/warmup_steps", json!(0));
+    let error = case.run("run").unwrap_err();
+    let TrainError::NotFinite { step: 4, parameter } = &error else { panic!("{error}") };
+    assert!(parameter.contains("coder."), "{error}");
+    let kept = case.checkpoints("run").pop().unwrap();
+    assert!(kept.ends_with("step-00000003"), "{kept:?}");
+    let module = Checkpoint::open(kept.join("module.safetensors")).unwrap();
+    for entry in module.entries() {
+        let values = module.data(&entry.name).unwrap().try_to_vec_as::<f32>().unwrap();
+        assert!(values.iter().all(|value| value.is_finite()), "{}", entry.name);
+    }
+    // With a rate that fits, the run goes on from there.
+    fs::remove_file(case.dir.path().join("run/recipe.json")).unwrap();
+    let case = case.set("/stages/1/learning_rate", json!(1e-3));
+    let mut resumed = None;
+    let mut observer = |event: TrainEvent<'_>| {
+        if let TrainEvent::Resumed { steps, .. } = event {
+            resumed = Some(steps);
+        }
+        ControlFlow::Continue(())
+    };
+    train(&case.recipe(), random_models_dir(), case.dir.path().join("run"), &cpu(), &mut observer).unwrap();
+    assert_eq!(resumed, Some(3));
+    assert_eq!(case.metrics("run").len(), 6);
+}
+
+#[test]
 fn bad_samples_are_set_aside_until_the_limit() {
-    let case = Case::new();
-    let data = case.read("data.jsonl");
-    let bad =
-        r#"{"messages":[{"role":"user","content":"<image>"},{"role":"assistant","content":"x"}],"images":["no.png"]}"#;
-    let first: Vec<&str> = data.lines().collect();
-    fs::write(case.dir.path().join("data.jsonl"), format!("{bad}\n{}\n", first[1..].join("\n"))).unwrap();
-    let case = case.set("/max_rejected", json!(50));
+    let case = Case::new().set("/max_rejected", json!(50));
+    case.spoil(0..1);
     case.run("run").unwrap();
     let rejected = case.read("run/rejected.jsonl");
     assert!(rejected.lines().count() >= 2 && rejected.contains("no.png"), "{rejected}");
     let case = case.set("/max_rejected", json!(0));
     let error = case.run("strict").unwrap_err().to_string();
     assert!(error.contains("rejected.jsonl"), "{error}");
+}
+
+#[test]
+fn steps_without_a_usable_sample_are_passed_over() {
+    let one = |name| stage(name, json!({"batch_size": 1, "steps": 4}));
+    let case = Case::new().set("/max_rejected", json!(50));
+    let case = case.set("/stages/0", one("first")).set("/stages/1", one("second"));
+    case.spoil(1..4);
+    case.run("undisturbed").unwrap();
+    assert_eq!(case.metrics("undisturbed").len(), 8);
+    let rejected = case.read("undisturbed/rejected.jsonl");
+    assert!(rejected.lines().count() > 8, "{rejected}");
+    let run = case.dir.path().join("run");
+    for last in [2, 3, 5] {
+        let mut stop = |event: TrainEvent<'_>| match event {
+            TrainEvent::Step { metrics, .. } if metrics.step == last => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        };
+        train(&case.recipe(), random_models_dir(), &run, &cpu(), &mut stop).unwrap();
+    }
+    case.run("run").unwrap();
+    assert_eq!(case.results("run"), case.results("undisturbed"));
+    assert_eq!(case.read("run/rejected.jsonl"), rejected);
+}
+
+#[test]
+fn data_of_which_nothing_is_usable_end_with_an_error() {
+    for more in [json!({}), json!({"distinct_samples": 3}), json!({"accumulation": 2})] {
+        let case = Case::new().set("/max_rejected", json!(1_000_000)).set("/stages/0", stage("first", more));
+        case.spoil(0..5);
+        let error = case.run("run").unwrap_err();
+        let TrainError::NoSamples { stage, rejected } = &error else { panic!("{error}") };
+        assert!(stage == "first" && rejected.ends_with("run/rejected.jsonl"), "{error}");
+        assert!((3..60).contains(&case.read("run/rejected.jsonl").lines().count()));
+    }
 }
 
 #[test]

@@ -50,5 +50,5 @@ pub use model::{ArModel, NUM_IMAGE_TOKENS, TextModel};
 pub use objective::{AnswerEmbeds, ArLoss, ArObjective, ArOutput};
 pub use position::{PositionIds, image_position_ids, position_ids};
 pub use sampling::{Sampler, SamplingOptions};
-pub use training_batch::{ExcludedToken, TrainingBatch, TrainingSample};
+pub use training_batch::{ExcludedToken, SampleOutline, TrainingBatch, TrainingSample};
 pub use weights::NAMES;

@@ -21,6 +21,19 @@ pub struct TrainingSample {
     pub targets: Vec<ImageEmbeds>,
 }
 
+/// A sample before its images are encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleOutline<'a> {
+    /// As in [`TrainingSample`].
+    pub token_ids: &'a [u32],
+    /// As in [`TrainingSample`].
+    pub labels: &'a [Option<u32>],
+    /// Sizes of the images that are not answers, in order.
+    pub inputs: &'a [GridThw],
+    /// Sizes of the answers, in order.
+    pub targets: &'a [GridThw],
+}
+
 /// A token that does not compete for a label: its score at that place is not a part of the cross entropy.
 ///
 /// For what training never shows and the model should not learn to rule out.
@@ -138,11 +151,14 @@ impl TrainingBatch {
         config: &ArConfig,
         rows: &mut Rows,
     ) -> Result<(), ArError> {
-        check(&sample, config)?;
         let TrainingSample { token_ids, labels, inputs, targets } = sample;
+        check_images(inputs.iter().chain(&targets), config)?;
+        let [input_grids, target_grids] =
+            [&inputs, &targets].map(|images| images.iter().map(|image| image.grid).collect::<Vec<_>>());
+        let outline =
+            SampleOutline { token_ids: &token_ids, labels: &labels, inputs: &input_grids, targets: &target_grids };
+        let positions = outline.positions(config)?;
         let image = config.token_ids.image_token_id;
-        let grids = grids_in_order(&token_ids, &labels, [&inputs, &targets], config)?;
-        let positions = position_ids(&token_ids, &grids, &config.token_ids)?.axes;
         let start = self.places.len();
         for (&id, label) in token_ids.iter().zip(&labels) {
             self.places.push(match (id == image, label) {
@@ -242,31 +258,80 @@ impl Rows {
     }
 }
 
-fn check(sample: &TrainingSample, config: &ArConfig) -> Result<(), ArError> {
-    let TrainingSample { token_ids, labels, inputs, targets } = sample;
-    let tokens = token_ids.len();
-    if tokens == 0 {
-        return Err(ArError::EmptyPrompt);
+impl SampleOutline<'_> {
+    /// Checks a sample, so that a bad one can be set aside before any image of it is encoded.
+    ///
+    /// # Errors
+    /// As [`TrainingBatch::new`] for this sample alone.
+    pub fn check(&self, config: &ArConfig) -> Result<(), ArError> {
+        self.positions(config).map(|_| ())
     }
-    if tokens > config.max_position_embeddings {
-        return Err(ArError::PromptTooLong { tokens, limit: config.max_position_embeddings });
-    }
-    if labels.len() != tokens {
-        return Err(ArError::LabelCount { labels: labels.len(), tokens });
-    }
-    check_vocabulary(token_ids, config)?;
-    for (index, (&id, label)) in token_ids.iter().zip(labels).enumerate() {
-        if let Some(label) = label.filter(|&label| label != id) {
-            return Err(ArError::Label { index, label, id });
+
+    /// Positions of all tokens of a sample that has no fault.
+    fn positions(&self, config: &ArConfig) -> Result<Vec<[i64; 3]>, ArError> {
+        let Self { token_ids, labels, targets, .. } = *self;
+        let tokens = token_ids.len();
+        if tokens == 0 {
+            return Err(ArError::EmptyPrompt);
         }
+        if tokens > config.max_position_embeddings {
+            return Err(ArError::PromptTooLong { tokens, limit: config.max_position_embeddings });
+        }
+        if labels.len() != tokens {
+            return Err(ArError::LabelCount { labels: labels.len(), tokens });
+        }
+        check_vocabulary(token_ids, config)?;
+        for (index, (&id, label)) in token_ids.iter().zip(labels).enumerate() {
+            if let Some(label) = label.filter(|&label| label != id) {
+                return Err(ArError::Label { index, label, id });
+            }
+        }
+        if labels.iter().skip(1).all(Option::is_none) {
+            return Err(ArError::NoLabels);
+        }
+        if let Some(tokens) = targets.iter().map(GridThw::num_merged_tokens).find(|&tokens| tokens != NUM_IMAGE_TOKENS)
+        {
+            return Err(ArError::AnswerTokens { tokens, expected: NUM_IMAGE_TOKENS });
+        }
+        let grids = self.grids_in_order(config)?;
+        Ok(position_ids(token_ids, &grids, &config.token_ids)?.axes)
     }
-    if labels.iter().skip(1).all(Option::is_none) {
-        return Err(ArError::NoLabels);
-    }
-    check_images(inputs.iter().chain(targets), config)?;
-    match targets.iter().map(|image| image.grid.num_merged_tokens()).find(|&tokens| tokens != NUM_IMAGE_TOKENS) {
-        Some(tokens) => Err(ArError::AnswerTokens { tokens, expected: NUM_IMAGE_TOKENS }),
-        None => Ok(()),
+
+    /// Grids of all images in the order of the text: of answers where image tokens have labels.
+    fn grids_in_order(&self, config: &ArConfig) -> Result<Vec<GridThw>, ArError> {
+        let Self { token_ids, labels, inputs, targets } = *self;
+        let image = config.token_ids.image_token_id;
+        let count = |is_answer: bool| {
+            let of_kind = |(id, label): &(&u32, &Option<u32>)| **id == image && label.is_some() == is_answer;
+            token_ids.iter().zip(labels).filter(of_kind).count()
+        };
+        let held = |grids: &[GridThw]| grids.iter().map(GridThw::num_merged_tokens).sum::<usize>();
+        let (answers, learned) = (held(targets), count(true));
+        if answers != learned {
+            return Err(ArError::AnswerImages { labels: learned, embeddings: answers });
+        }
+        let (seen, positions) = (held(inputs), count(false));
+        if seen != positions {
+            return Err(ArError::ImageTokens { positions, embeddings: seen });
+        }
+        let (mut inputs, mut targets) = (inputs.iter(), targets.iter());
+        let mut grids = vec![];
+        for (index, pair) in token_ids.windows(2).enumerate() {
+            if pair[0] != config.token_ids.vision_start_token_id || pair[1] != image {
+                continue;
+            }
+            let first = index + 1;
+            let of_kind = if labels[first].is_some() { &mut targets } else { &mut inputs };
+            // Too few or too many images are reported with the positions.
+            let Some(grid) = of_kind.next() else { continue };
+            let run = labels[first..].iter().take(grid.num_merged_tokens());
+            if run.clone().any(|label| label.is_some() != labels[first].is_some()) {
+                let learned = run.flatten().count();
+                return Err(ArError::AnswerImages { labels: learned, embeddings: grid.num_merged_tokens() });
+            }
+            grids.push(*grid);
+        }
+        Ok(grids)
     }
 }
 
@@ -289,47 +354,6 @@ fn check_images<'a>(images: impl Iterator<Item = &'a ImageEmbeds>, config: &ArCo
         }
     }
     Ok(())
-}
-
-/// Grids of all images of a sample in the order of the text: of answers where image tokens have labels.
-fn grids_in_order(
-    token_ids: &[u32],
-    labels: &[Option<u32>],
-    [inputs, targets]: [&[ImageEmbeds]; 2],
-    config: &ArConfig,
-) -> Result<Vec<GridThw>, ArError> {
-    let image = config.token_ids.image_token_id;
-    let count = |is_answer: bool| {
-        let of_kind = |(id, label): &(&u32, &Option<u32>)| **id == image && label.is_some() == is_answer;
-        token_ids.iter().zip(labels).filter(of_kind).count()
-    };
-    let held = |images: &[ImageEmbeds]| images.iter().map(|image| image.grid.num_merged_tokens()).sum::<usize>();
-    let (answers, learned) = (held(targets), count(true));
-    if answers != learned {
-        return Err(ArError::AnswerImages { labels: learned, embeddings: answers });
-    }
-    let (seen, positions) = (held(inputs), count(false));
-    if seen != positions {
-        return Err(ArError::ImageTokens { positions, embeddings: seen });
-    }
-    let (mut inputs, mut targets) = (inputs.iter(), targets.iter());
-    let mut grids = vec![];
-    for (index, pair) in token_ids.windows(2).enumerate() {
-        if pair[0] != config.token_ids.vision_start_token_id || pair[1] != image {
-            continue;
-        }
-        let first = index + 1;
-        let images = if labels[first].is_some() { &mut targets } else { &mut inputs };
-        // Too few or too many images are reported with the positions.
-        let Some(ImageEmbeds { grid, .. }) = images.next() else { continue };
-        let run = labels[first..].iter().take(grid.num_merged_tokens());
-        if run.clone().any(|label| label.is_some() != labels[first].is_some()) {
-            let learned = run.flatten().count();
-            return Err(ArError::AnswerImages { labels: learned, embeddings: grid.num_merged_tokens() });
-        }
-        grids.push(*grid);
-    }
-    Ok(grids)
 }
 
 #[cfg(test)]
@@ -487,5 +511,21 @@ pub(crate) mod tests {
             assert!(expected(&error), "case {index}: {error}");
         }
         assert!(matches!(TrainingBatch::new(vec![], &tiny()), Err(ArError::EmptyBatch)));
+    }
+
+    #[test]
+    fn a_sample_is_checked_before_its_images_are_encoded() {
+        let TrainingSample { mut token_ids, mut labels, .. } = editing();
+        let [inputs, targets] = [[GridThw::new(1, 4, 6).unwrap()], [GridThw::new(1, 18, 18).unwrap()]];
+        let check = |token_ids: &[u32], labels: &[Option<u32>], inputs: &[GridThw]| {
+            SampleOutline { token_ids, labels, inputs, targets: &targets }.check(&tiny())
+        };
+        check(&token_ids, &labels, &inputs).unwrap();
+        let missing = check(&token_ids, &labels, &[]).unwrap_err();
+        assert!(matches!(missing, ArError::ImageTokens { positions: 6, embeddings: 0 }), "{missing}");
+        token_ids.resize(201, 1);
+        labels.resize(201, None);
+        let long = check(&token_ids, &labels, &inputs).unwrap_err();
+        assert!(matches!(long, ArError::PromptTooLong { tokens: 201, limit: 200 }), "{long}");
     }
 }

@@ -15,7 +15,7 @@ use nexus_core::{
     train::{Draws, InitialWeights, initialize},
 };
 use nexus_data::{
-    Image, Patches, ProcessOptions, Processor, TrainingInput,
+    Image, Patches, Processor, TrainingInput,
     world::{LABEL_CLASSES, Place, Scene},
 };
 use nexus_vision_encoder::{
@@ -25,7 +25,7 @@ use nexus_vision_encoder::{
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
     attended::{Looks, looks_of},
-    feed::Conversation,
+    feed::{Conversation, usable_input},
     labels::{STATE_CLASSES, Shown},
     trainer::{Losses, MicroBatch, Task},
     unseen::unseen_words,
@@ -165,9 +165,9 @@ impl LanguageTask {
     /// One sample of a micro-batch, and what its images show where that is known; `None` if it cannot be used.
     fn input(&self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<KnownInput>, TrainError> {
         let Some(Conversation { messages, scenes, places }) = batch.feed.conversation(number)? else { return Ok(None) };
-        match self.processor.training_input(&messages, &ProcessOptions::default()) {
+        match usable_input(&self.processor, &messages, self.module.ar.config()) {
             Ok(input) => Ok(Some(KnownInput { input, scenes, places })),
-            Err(error) => batch.feed.reject(number, &error).map(|()| None),
+            Err(reason) => batch.feed.reject(number, &reason).map(|()| None),
         }
     }
 

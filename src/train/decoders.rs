@@ -24,9 +24,9 @@ use nexus_diffusion::{
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 
 use super::{
-    Initial, Recipe, StageRecipe, TrainError,
+    DecoderRecipe, Initial, Recipe, StageRecipe, TrainError,
     autoregressive::compute_dtype,
-    feed::Conversation,
+    feed::{Conversation, usable_input},
     pretraining::{answer_and_source, tensor},
     sheet,
     trainer::{Losses, MicroBatch, Task},
@@ -207,7 +207,11 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     }
 
     /// What the frozen parts make of a sample; the outer error is one of the run, the inner one of the sample.
-    fn encode(&self, messages: Vec<Message>, side: usize) -> Result<Result<Encoded, String>, TrainError> {
+    fn encode(
+        &self,
+        messages: Vec<Message>,
+        DecoderRecipe { picture_px: side, predicted_embeds, .. }: DecoderRecipe,
+    ) -> Result<Result<Encoded, String>, TrainError> {
         let images = self.processor.image_processor();
         let Some((answer, source)) = answer_and_source(&messages) else {
             return Ok(Err("no answer with an image".to_string()));
@@ -223,6 +227,12 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         };
         if D::SEES_REFERENCE && reference.is_none() {
             return Ok(Err("no image to be edited".to_string()));
+        }
+        // Here and not when it is drawn to be predicted, so that every visit finds a sample good or bad.
+        if let Some(ar) = self.ar.as_ref().filter(|_| predicted_embeds > 0.0)
+            && let Err(reason) = usable_input(&self.processor, &messages, ar.config())
+        {
+            return Ok(Err(reason));
         }
         let picture = tensor(pixels, [1, 3, side, side], &self.device.clone().inner());
         Ok(Ok(Encoded {
@@ -241,7 +251,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         Ok(ImageEmbeds::new(values, grid)?)
     }
 
-    /// What the language model predicts for the last picture that it is to draw.
+    /// What the language model predicts for the last picture that it is to draw, of messages that are usable.
     fn predict(&self, ar: &ArModel, messages: &[Message]) -> Result<Option<ImageEmbeds>, TrainError> {
         let input = self.processor.training_input(messages, &ProcessOptions::default())?;
         let embed = |patches: Vec<Patches>| -> Result<Vec<ImageEmbeds>, TrainError> {
@@ -268,7 +278,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
             Some(known) => known,
             None => {
                 let Some(Conversation { messages, .. }) = batch.feed.conversation(number)? else { return Ok(None) };
-                match self.encode(messages, stage.decoder.picture_px)? {
+                match self.encode(messages, stage.decoder.clone())? {
                     Ok(encoded) => encoded,
                     Err(reason) => {
                         batch.feed.reject(number, &reason)?;

@@ -37,19 +37,22 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The loss is no number; the latest checkpoint is from before.
-    #[error("step {step}: the loss is NaN or infinite, first seen in `{parameter}`; the latest checkpoint is intact")]
+    /// The loss, a gradient or a weight is no number; the latest checkpoint is from before.
+    #[error(
+        "step {step}: NaN or infinite, first seen in `{parameter}`; the latest checkpoint is intact: begin anew with a \
+         lower learning rate, or look at the latest samples"
+    )]
     NotFinite {
         /// Step at fault, counted from 1.
         step: usize,
-        /// Parameter whose value or gradient is not finite, or `loss`.
+        /// Parameter whose weights or gradient are not finite, or `loss`.
         parameter: String,
     },
-    /// No sample of a batch could be used.
-    #[error("step {step}: none of the samples could be used; their reasons are in {rejected}", rejected = rejected.display())]
+    /// No sample of the data can be used.
+    #[error("stage `{stage}`: none of its data can be used; the reasons are in {rejected}", rejected = rejected.display())]
     NoSamples {
-        /// Step at fault, counted from 1.
-        step: usize,
+        /// Stage of the recipe.
+        stage: String,
         /// File of the reasons.
         rejected: PathBuf,
     },

@@ -2,8 +2,9 @@
 
 use std::fmt::Display;
 
+use nexus_ar::{ArConfig, SampleOutline};
 use nexus_data::{
-    Message, MessagesFile, Mixture, RejectedSamples,
+    DataError, Message, MessagesFile, Mixture, ProcessOptions, Processor, RejectedSamples, TrainingInput,
     world::{Kind, Place, Sample, Scene, Split, Task, World},
 };
 
@@ -16,6 +17,8 @@ pub(crate) struct Feed {
     rejected: RejectedSamples,
     /// Samples after which the first comes again.
     distinct: Option<u64>,
+    /// See [`Feed::round`].
+    round: Option<u64>,
 }
 
 /// A sample, and what its images show where that is known.
@@ -52,7 +55,13 @@ impl Feed {
             stage.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
         let mixture = Mixture::new(recipe.seed.wrapping_add(index as u64), &shares)?;
         let rejected = RejectedSamples::new(dir.path().join(REJECTED), recipe.max_rejected)?.with_count(rejected)?;
-        Ok(Self { mixture, sources, rejected, distinct: stage.distinct_samples })
+        let distinct = stage.distinct_samples;
+        Ok(Self { mixture, sources, rejected, distinct, round: distinct.or_else(|| round(&shares)) })
+    }
+
+    /// Number of samples among which every one of the data is; `None` if the data have no end.
+    pub(crate) fn round(&self) -> Option<u64> {
+        self.round
     }
 
     /// The first sample that is the same as this one.
@@ -62,19 +71,24 @@ impl Feed {
 
     /// The conversation of a sample; `None` if it was set aside.
     pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Conversation>, TrainError> {
+        match self.read(number) {
+            Ok(conversation) => Ok(Some(conversation)),
+            Err(error) => self.reject(number, &error).map(|()| None),
+        }
+    }
+
+    /// The conversation of a sample, which is not set aside if it cannot be read.
+    pub(crate) fn read(&self, number: u64) -> Result<Conversation, DataError> {
         let pick = self.mixture.pick(self.first(number));
-        let failed = match &self.sources[pick.source] {
+        match &self.sources[pick.source] {
             OpenSource::World { world, task, kinds } => {
                 let Sample { messages, scenes, places, .. } = world.sample_of(*task, kinds, Split::Train, pick.index);
-                return Ok(Some(Conversation { messages, scenes, places }));
+                Ok(Conversation { messages, scenes, places })
             }
-            OpenSource::Messages(file) => match file.get(pick.index) {
-                Ok(messages) => return Ok(Some(Conversation { messages, scenes: vec![], places: vec![] })),
-                Err(error) => error,
-            },
-        };
-        self.reject(number, &failed)?;
-        Ok(None)
+            OpenSource::Messages(file) => {
+                file.get(pick.index).map(|messages| Conversation { messages, scenes: vec![], places: vec![] })
+            }
+        }
     }
 
     /// Sets a sample aside; one that comes again already is.
@@ -90,10 +104,25 @@ impl Feed {
         Ok(self.rejected.reject(&source, pick.index, reason)?)
     }
 
+    /// The error that none of the data can be used.
+    pub(crate) fn no_samples(&self, stage: &StageRecipe) -> TrainError {
+        TrainError::NoSamples { stage: stage.name.clone(), rejected: self.rejected.path().to_path_buf() }
+    }
+
     /// Samples set aside so far.
     pub(crate) fn rejected(&self) -> u64 {
         self.rejected.count()
     }
+}
+
+/// Number of samples in which sources with these weights and lengths all come to an end; `None` if one has no end.
+fn round(shares: &[(f64, Option<u64>)]) -> Option<u64> {
+    let whole: f64 = shares.iter().map(|(weight, _)| weight).sum();
+    let of_source = |&(weight, len): &(f64, Option<u64>)| {
+        // Any stretch of twice the length holds a whole visit, and a mixture is wrong by less than a sample per source.
+        len.map(|len| ((2 * len + shares.len() as u64) as f64 * (whole / weight)).ceil() as u64)
+    };
+    shares.iter().map(of_source).try_fold(0, |longest, samples| Some(longest.max(samples?)))
 }
 
 impl OpenSource {
@@ -102,5 +131,41 @@ impl OpenSource {
             Self::World { .. } => None,
             Self::Messages(file) => Some(file.len()),
         }
+    }
+}
+
+/// A conversation as tokens and pixels, or why a model with this configuration cannot learn from it.
+pub(super) fn usable_input(
+    processor: &Processor,
+    messages: &[Message],
+    config: &ArConfig,
+) -> Result<TrainingInput, String> {
+    let input = processor.training_input(messages, &ProcessOptions::default()).map_err(|error| error.to_string())?;
+    let [inputs, targets] = [&input.input_images, &input.answer_images]
+        .map(|images| images.iter().map(|patches| patches.grid).collect::<Vec<_>>());
+    let outline =
+        SampleOutline { token_ids: &input.token_ids, labels: &input.labels, inputs: &inputs, targets: &targets };
+    outline.check(config).map_err(|error| error.to_string())?;
+    Ok(input)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_round_holds_every_sample() {
+        let shares = [(0.2, Some(3)), (5.0, Some(40)), (1.0, Some(1))];
+        let round_of_all = round(&shares).unwrap();
+        assert!((3 * 31..400).contains(&round_of_all), "{round_of_all}");
+        for (seed, start) in [(0, 0), (1, 17), (2, 12_345)] {
+            let mixture = Mixture::new(seed, &shares).unwrap();
+            let picks = (start..start + round_of_all).map(|number| mixture.pick(number));
+            let found: BTreeSet<_> = picks.map(|pick| (pick.source, pick.index)).collect();
+            assert_eq!(found.len(), 44);
+        }
+        assert_eq!(round(&[(1.0, Some(3)), (1.0, None)]), None);
     }
 }

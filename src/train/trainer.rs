@@ -13,7 +13,7 @@ use burn::{
 use nexus_core::{
     checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors},
     nn::Recomputation,
-    train::{GradientSum, NamePattern, Optimizer, WeightAverage, freeze},
+    train::{GradientSum, NamePattern, Optimizer, TrainStateError, WeightAverage, check_weights, freeze},
 };
 use nexus_data::Image;
 use serde::Serialize;
@@ -157,38 +157,32 @@ pub(crate) fn train<T: Task>(
         let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
         let mut watch = Instant::now();
         while state.stage_steps < stage.steps {
-            let before = state.stage_steps;
-            let micro = stage.batch_size as u64;
-            let (mut gradients, mut sums) = (GradientSum::new(), LossSums::default());
-            let mut left = stage.accumulation;
-            while left > 0 {
-                let mut batches = Vec::new();
-                for _ in 0..left.min(workers.count()) {
-                    let samples = state.cursor..state.cursor + micro;
-                    state.cursor = samples.end;
-                    left -= 1;
-                    let seed = recipe.seed.wrapping_add(index as u64);
-                    let batch = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples };
-                    batches.extend(task.prepare(batch)?);
+            let (before, step) = (state.stage_steps, state.steps + 1);
+            let mut unusable = 0;
+            let (mut gradients, sums) = loop {
+                let samples = state.cursor..state.cursor + (stage.batch_size * stage.accumulation) as u64;
+                state.cursor = samples.end;
+                let seed = recipe.seed.wrapping_add(index as u64);
+                let batch = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples };
+                let (gradients, sums) = backward_step(&mut task, &module, batch)?;
+                if sums.count > 0 {
+                    break (gradients, sums);
                 }
-                for micro_batch in backward_all(&task, &module, stage, batches, &workers) {
-                    let (values, parts) = micro_batch?;
-                    sums.add(values);
-                    gradients.merge(parts);
+                unusable += (stage.batch_size * stage.accumulation) as u64;
+                if feed.round().is_some_and(|round| unusable >= round) {
+                    return Err(feed.no_samples(stage));
                 }
-            }
-            let step = state.steps + 1;
-            if sums.count == 0 {
-                return Err(TrainError::NoSamples { step, rejected: dir.path().join(super::REJECTED) });
-            }
+            };
             gradients.scale(1.0 / sums.count as f64);
-            let not_finite = |parameter: String| TrainError::NotFinite { step, parameter };
-            let grad_norm = gradients.norm().map_err(|error| match error {
-                nexus_core::train::TrainStateError::NotFinite { parameter } => not_finite(parameter),
+            let not_finite = |error| match error {
+                TrainStateError::NotFinite { parameter } | TrainStateError::WeightNotFinite { parameter } => {
+                    TrainError::NotFinite { step, parameter }
+                }
                 other => other.into(),
-            })?;
+            };
+            let grad_norm = gradients.norm().map_err(not_finite)?;
             if !sums.total.is_finite() {
-                return Err(not_finite("loss".to_string()));
+                return Err(TrainError::NotFinite { step, parameter: "loss".to_string() });
             }
             if let Some(limit) = stage.max_grad_norm
                 && grad_norm > limit
@@ -222,6 +216,7 @@ pub(crate) fn train<T: Task>(
             }
             let is_last = state.stage_steps == stage.steps;
             if is_last || flow.is_break() || state.stage_steps.is_multiple_of(recipe.checkpoint_every) {
+                check_weights(&module, &names).map_err(not_finite)?;
                 let path = dir.checkpoint(&state, recipe.keep_checkpoints, |to| progress.save(&module, &names, to))?;
                 curves::draw(&dir)?;
                 let _ = observer(TrainEvent::Checkpoint { path: &path });
@@ -238,6 +233,29 @@ pub(crate) fn train<T: Task>(
     std::fs::create_dir_all(&export).map_err(TrainError::file(&export))?;
     task.export(exported, &export)?;
     Ok(TrainOutcome::Finished(export))
+}
+
+/// Gradients and losses of all samples of a step, summed over its micro-batches; of none if no sample can be used.
+fn backward_step<T: Task>(
+    task: &mut T,
+    module: &T::Module,
+    MicroBatch { stage, feed, workers, seed, samples }: MicroBatch<'_>,
+) -> Result<(GradientSum, LossSums), TrainError> {
+    let (mut gradients, mut sums) = (GradientSum::new(), LossSums::default());
+    let firsts: Vec<u64> = samples.step_by(stage.batch_size).collect();
+    for side_by_side in firsts.chunks(workers.count()) {
+        let mut batches = Vec::new();
+        for &first in side_by_side {
+            let samples = first..first + stage.batch_size as u64;
+            batches.extend(task.prepare(MicroBatch { stage, feed: &mut *feed, workers, seed, samples })?);
+        }
+        for micro_batch in backward_all(task, module, stage, batches, workers) {
+            let (values, parts) = micro_batch?;
+            sums.add(values);
+            gradients.merge(parts);
+        }
+    }
+    Ok((gradients, sums))
 }
 
 /// Values and gradients of the losses of some micro-batches, in order.

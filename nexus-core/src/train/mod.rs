@@ -5,6 +5,7 @@
 
 mod average;
 mod draws;
+mod finite;
 mod gradients;
 mod initialize;
 mod muon;
@@ -13,6 +14,7 @@ mod pattern;
 
 pub use average::WeightAverage;
 pub use draws::Draws;
+pub use finite::check_weights;
 pub use gradients::GradientSum;
 pub use initialize::{InitialWeights, initialize};
 pub use muon::MuonOptions;
@@ -27,6 +29,12 @@ pub enum TrainStateError {
     #[error("the gradient of `{parameter}` is NaN or infinite; lower the learning rate or look at the latest samples")]
     NotFinite {
         /// First parameter whose gradient is not finite.
+        parameter: String,
+    },
+    /// A weight is no finite number after a step.
+    #[error("the weights of `{parameter}` are NaN or infinite; lower the learning rate")]
+    WeightNotFinite {
+        /// First parameter with such a weight.
         parameter: String,
     },
     /// The saved state belongs to another module.

@@ -54,6 +54,11 @@ impl RejectedSamples {
         Ok(self)
     }
 
+    /// The file of the list.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// How many samples were set aside.
     pub fn count(&self) -> u64 {
         self.count

@@ -1,0 +1,62 @@
+//! Weights that are no numbers: a module -> the first parameter that holds one.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+
+use super::TrainStateError;
+use crate::checkpoint::{ModulePath, WeightNames, follow_path};
+
+/// Checks that all weights are finite, which a step along finite gradients does not promise.
+///
+/// # Errors
+/// [`TrainStateError::WeightNotFinite`] naming the first parameter at fault, [`TrainStateError::Read`].
+pub fn check_weights(module: &impl Module, names: &WeightNames) -> Result<(), TrainStateError> {
+    let mut checker = Checker { names, path: ModulePath::default(), checked: Ok(()) };
+    module.visit(&mut checker);
+    checker.checked
+}
+
+struct Checker<'a> {
+    names: &'a WeightNames,
+    path: ModulePath,
+    checked: Result<(), TrainStateError>,
+}
+
+impl ModuleVisitor for Checker<'_> {
+    follow_path!();
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.checked.is_err() {
+            return;
+        }
+        let parameter = self.path.file_name(self.names);
+        self.checked = match param.val().detach().is_finite().all().try_into_scalar::<bool>() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(TrainStateError::WeightNotFinite { parameter }),
+            Err(error) => Err(TrainStateError::Read { parameter, reason: format!("{error:?}") }),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{nn::Linear, testing::cpu};
+
+    #[test]
+    fn the_first_weight_that_is_no_number_is_named() {
+        let names = WeightNames { prefix: "layer.", ..WeightNames::default() };
+        for device in [cpu(), cpu().autodiff()] {
+            let mut layer = Linear::new(3, 2, &device);
+            layer.weight = Param::from_tensor(Tensor::full([2, 3], f32::MAX, &device));
+            check_weights(&layer, &names).unwrap();
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let rows = [f32::MAX, value].map(|value| Tensor::<2>::full([1, 3], value, &device));
+                layer.weight = Param::from_tensor(Tensor::cat(rows.into(), 0));
+                let error = check_weights(&layer, &names).unwrap_err();
+                let TrainStateError::WeightNotFinite { parameter } = &error else { panic!("{error}") };
+                assert_eq!(parameter, "layer.weight");
+            }
+        }
+    }
+}
