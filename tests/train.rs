@@ -10,10 +10,12 @@ use std::{
     time::Duration,
 };
 
+use burn::tensor::{FloatDType, Tensor, TensorData};
 use nexus::{
     Image, Message,
-    core::checkpoint::Checkpoint,
-    data::MessagesFile,
+    core::checkpoint::{Checkpoint, LoadDType, LoadOptions},
+    data::{MessagesFile, decoder_image},
+    diffusion::{Autoencoder, config::AutoencoderConfig},
     train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved},
 };
 use nexus_core::testing::{cpu, random_models_dir};
@@ -71,10 +73,11 @@ impl Case {
         fs::read_to_string(self.dir.path().join(path)).unwrap()
     }
 
-    /// Metrics and exported weights of a finished run.
-    fn results(&self, name: &str) -> (String, Vec<u8>) {
+    /// Metrics, exported weights and exported configuration of a finished run.
+    fn results(&self, name: &str) -> (String, Vec<u8>, String) {
         let weights = self.dir.path().join(name).join("export/ae.safetensors");
-        (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap())
+        let config = self.read(&format!("{name}/export/ae_config.json"));
+        (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap(), config)
     }
 
     /// The line of metrics of each step.
@@ -161,6 +164,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let resumed = case.results("run");
     assert_eq!(undisturbed.0, resumed.0);
     assert!(undisturbed.1 == resumed.1, "exported weights differ");
+    assert_eq!(undisturbed.2, resumed.2);
     assert!(case.checkpoints("run").len() <= 2);
 }
 
@@ -310,6 +314,47 @@ fn weights_that_are_no_numbers_never_reach_a_checkpoint() {
     train(&case.recipe(), random_models_dir(), case.dir.path().join("run"), &cpu(), &mut observer).unwrap();
     assert_eq!(resumed, Some(3));
     assert_eq!(case.metrics("run").len(), 6);
+}
+
+#[test]
+fn an_export_that_was_cut_off_is_written_again() {
+    let case = Case::new();
+    case.run("run").unwrap();
+    let whole = case.results("run");
+    fs::remove_dir_all(case.dir.path().join("run/export")).unwrap();
+    case.run("run").unwrap();
+    assert_eq!(case.results("run"), whole);
+}
+
+#[test]
+fn latents_are_measured_unless_the_encoder_stays() {
+    let config = |dir: &Path| AutoencoderConfig::read_beside(dir).unwrap();
+    let flux = random_models_dir().join("FLUX/FLUX.1-dev");
+    let frozen = json!(["encoder.*"]);
+    let case = Case::new().set("/stages/0/frozen", frozen.clone());
+    let case = case.set("/stages/1", stage("second", json!({"frozen": frozen})));
+    case.run("run").unwrap();
+    assert_eq!(config(&case.dir.path().join("run/export")), config(&flux));
+
+    let case = Case::new();
+    case.run("run").unwrap();
+    let export = case.dir.path().join("run/export");
+    let measured = config(&export);
+    assert_ne!(measured, config(&flux));
+    let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), ..LoadOptions::default() };
+    let weights = Checkpoint::open(export.join("ae.safetensors")).unwrap();
+    let autoencoder = Autoencoder::load(&weights, &measured, &cpu(), &options).unwrap();
+    let data = MessagesFile::open(case.dir.path().join("data.jsonl")).unwrap();
+    let latents = (0..5).flat_map(|index| {
+        let image = data.get(index).unwrap()[0].images().next().unwrap().clone();
+        let pixels = TensorData::new(decoder_image(&image, 32, 32).unwrap(), [1, 3, 32, 32]);
+        autoencoder.encode(Tensor::from_data(pixels, &cpu()), None).into_data().try_to_vec_as::<f32>().unwrap()
+    });
+    let latents: Vec<f32> = latents.collect();
+    let mean = latents.iter().sum::<f32>() / latents.len() as f32;
+    let variance = latents.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / latents.len() as f32;
+    // The run saw some of the five pictures once more than others.
+    assert!(mean.abs() < 0.05 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
 }
 
 #[test]

@@ -421,7 +421,7 @@ impl Task for LanguageTask {
         Ok(losses)
     }
 
-    fn export(&self, module: LanguageModule, dir: &Path) -> Result<(), TrainError> {
+    fn export(&self, module: LanguageModule, dir: &Path, _: MicroBatch<'_>) -> Result<(), TrainError> {
         let visual = module.visual.or_else(|| self.encoder.clone());
         let module =
             LanguageModule { ar: module.ar, visual, appearance_head: None, label_head: None, input_label_head: None };

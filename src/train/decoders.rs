@@ -377,7 +377,7 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         Ok(Losses { total: loss.total, parts: vec![("mse", loss.mse)] })
     }
 
-    fn export(&self, module: D, dir: &Path) -> Result<(), TrainError> {
+    fn export(&self, module: D, dir: &Path, _: MicroBatch<'_>) -> Result<(), TrainError> {
         Ok(save_module_as(&module, &D::NAMES, &dir.join(D::FILE), FloatDType::BF16)?)
     }
 

@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn::{
+    module::Module,
+    tensor::{DType, Device, FloatDType, Tensor, TensorData},
+};
 use nexus_core::{
-    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, save_module_as},
+    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout, save_module_as},
     nn::Recomputation,
     train::{Draws, initialize},
 };
@@ -30,9 +33,14 @@ pub(crate) struct AutoencoderTask {
     module: Autoencoder,
     device: Device,
     config: AutoencoderConfig,
+    /// Whether all stages leave the latents as the model's configuration describes them.
+    keeps_latents: bool,
     /// Pictures of the latest micro-batch, for the sheet of samples.
     latest: Option<Tensor<4>>,
 }
+
+/// Pictures over which scale and shift of the latents are measured.
+const MEASURED_PICTURES: usize = 64;
 
 impl AutoencoderTask {
     pub(crate) fn open(recipe: &Recipe, model: &Path, device: &Device) -> Result<Self, TrainError> {
@@ -47,7 +55,32 @@ impl AutoencoderTask {
                 Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, &device, &options)?
             }
         };
-        Ok(Self { module, device, config, latest: None })
+        let layout = module_layout(&module, &AUTOENCODER);
+        let is_frozen = |stage: &StageRecipe, name: &str| stage.frozen.iter().any(|pattern| pattern.matches(name));
+        let mut encoder = layout.iter().map(|(name, _)| name).filter(|name| name.starts_with("encoder."));
+        let keeps_latents = !matches!(recipe.initial, Initial::Random(_))
+            && encoder.all(|name| recipe.stages.iter().all(|stage| is_frozen(stage, name)));
+        Ok(Self { module, device, config, keeps_latents, latest: None })
+    }
+
+    /// Mean and variance of the latents before they are shifted and scaled, of the first pictures that can be used.
+    fn measure(&self, module: &Autoencoder, seen: MicroBatch<'_>) -> Result<[f64; 2], TrainError> {
+        let side = seen.stage.decoder.picture_px;
+        let conversations = seen.samples.filter_map(|number| seen.feed.read(number).ok());
+        let pictures = conversations.filter_map(|conversation| picture(&conversation, side).ok());
+        let latents = pictures.take(MEASURED_PICTURES).map(|pixels| {
+            // One by one: pictures may be so large that a batch has just one of them.
+            let pixels = tensor(pixels, [1, 3, side, side], &self.device.clone().inner());
+            module.encode(pixels, None)
+        });
+        let latents: Vec<Tensor<4>> = latents.collect();
+        if latents.is_empty() {
+            return Err(seen.feed.no_samples(seen.stage));
+        }
+        let means = Tensor::cat(latents, 0) / self.config.scale_factor + self.config.shift_factor;
+        let (variance, mean) = means.reshape([-1]).var_mean_bias(0);
+        let number = |value: Tensor<1>| read(value).map(|values| f64::from(values[0]));
+        Ok([number(mean)?, number(variance)?])
     }
 }
 
@@ -70,15 +103,11 @@ impl Task for AutoencoderTask {
         let (mut pictures, mut noise) = (Vec::new(), Vec::new());
         let size = LatentSize::from_pixels(side, side)?;
         for number in samples {
-            let Some(Conversation { messages, .. }) = feed.conversation(number)? else { continue };
-            let Some(image) = images(&messages).pop() else {
-                feed.reject(number, &"no image")?;
-                continue;
-            };
-            match decoder_image(&image, side, side) {
+            let Some(conversation) = feed.conversation(number)? else { continue };
+            match picture(&conversation, side) {
                 Ok(values) => pictures.extend(values),
-                Err(error) => {
-                    feed.reject(number, &error)?;
+                Err(reason) => {
+                    feed.reject(number, &reason)?;
                     continue;
                 }
             }
@@ -109,17 +138,14 @@ impl Task for AutoencoderTask {
         Ok(Losses { total, parts: vec![("reconstruction", reconstruction), ("gradient", gradient), ("kl", kl)] })
     }
 
-    fn export(&self, module: Autoencoder, dir: &Path) -> Result<(), TrainError> {
+    fn export(&self, module: Autoencoder, dir: &Path, seen: MicroBatch<'_>) -> Result<(), TrainError> {
         save_module_as(&module, &AUTOENCODER, &dir.join("ae.safetensors"), FloatDType::BF16)?;
-        let Some(pictures) = self.latest.clone() else { return Ok(()) };
-        // Latents of mean 0 and variance 1 are what flow matching is made for.
-        let latents = module.encode(Tensor::from_inner(pictures), None).inner();
-        let means = latents / self.config.scale_factor + self.config.shift_factor;
-        let (variance, mean) = means.reshape([-1]).var_mean_bias(0);
-        let number = |value: Tensor<1>| read(value).map(|values| f64::from(values[0]));
-        let (variance, mean) = (number(variance)?, number(mean)?);
-        let scale_factor = 1.0 / variance.max(1e-12).sqrt();
-        let config = AutoencoderConfig { scale_factor, shift_factor: mean, ..self.config.clone() };
+        let mut config = self.config.clone();
+        if !self.keeps_latents {
+            // Latents of mean 0 and variance 1 are what flow matching is made for.
+            let [mean, variance] = self.measure(&module.valid(), seen)?;
+            (config.shift_factor, config.scale_factor) = (mean, 1.0 / variance.max(1e-12).sqrt());
+        }
         let path = dir.join(AUTOENCODER_CONFIG_FILE);
         let json = serde_json::to_vec_pretty(&config).map_err(|error| TrainError::file(&path)(error.into()))?;
         write_whole(&path, &json)
@@ -132,6 +158,12 @@ impl Task for AutoencoderTask {
         let drawn = module.decode(module.encode(pictures.clone(), None), None);
         Ok(Some(sheet::rows(&[pictures.inner(), drawn.inner()])?))
     }
+}
+
+/// Values of the last image of a conversation, or why there are none.
+fn picture(conversation: &Conversation, side: usize) -> Result<Vec<f32>, String> {
+    let image = images(&conversation.messages).pop().ok_or("no image")?;
+    decoder_image(&image, side, side).map_err(|error| error.to_string())
 }
 
 /// Images of a conversation, in order.

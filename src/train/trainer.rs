@@ -49,14 +49,15 @@ pub(crate) trait Task: Sync {
         blocks: &mut Recomputation<'a>,
     ) -> Result<Losses, TrainError>;
 
-    /// Writes the module under the released file names.
-    fn export(&self, module: Self::Module, dir: &Path) -> Result<(), TrainError>;
+    /// Writes the module under the released file names; what it must know of the data depends on `seen` alone, the
+    /// samples of the last stage.
+    fn export(&self, module: Self::Module, dir: &Path, seen: MicroBatch<'_>) -> Result<(), TrainError>;
 
     /// A sheet of pictures that shows what the module can do, if it draws.
     fn samples(&mut self, module: &Self::Module, stage: &StageRecipe) -> Result<Option<Image>, TrainError>;
 }
 
-/// Which samples to compute a loss of.
+/// Which samples to compute with.
 pub(crate) struct MicroBatch<'a> {
     pub(crate) stage: &'a StageRecipe,
     pub(crate) feed: &'a mut Feed,
@@ -130,7 +131,6 @@ pub(crate) fn train<T: Task>(
         let _ = observer(TrainEvent::Resumed { checkpoint: &checkpoint, steps: at.steps });
         (saved, state) = (Some(checkpoint), at);
     }
-    let mut exported = module.clone();
     let workers = Workers::new(recipe.parallel_micro_batches)?;
     for (index, stage) in recipe.stages.iter().enumerate().skip(state.stage) {
         if state.stage != index {
@@ -225,13 +225,18 @@ pub(crate) fn train<T: Task>(
                 return Ok(TrainOutcome::Stopped(state));
             }
         }
-        exported = progress.averaged(&module, &names);
         // A stage begins with the averaged weights of the one before, which are those that were measured.
-        module = exported.clone();
+        module = progress.averaged(&module, &names);
     }
+    let Some((index, stage)) = recipe.stages.iter().enumerate().next_back() else {
+        unreachable!("a valid recipe has stages")
+    };
     let export = run.join(EXPORT);
     std::fs::create_dir_all(&export).map_err(TrainError::file(&export))?;
-    task.export(exported, &export)?;
+    let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
+    let seed = recipe.seed.wrapping_add(index as u64);
+    let seen = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples: 0..state.cursor };
+    task.export(module, &export, seen)?;
     Ok(TrainOutcome::Finished(export))
 }
 
