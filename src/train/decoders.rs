@@ -405,3 +405,60 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         Ok(Some(sheet::rows(&[self.autoencoder.decode(truth, None), drawn])?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nexus_core::testing::{cpu, ramp, random_models_dir};
+    use serde_json::json;
+
+    use super::*;
+
+    fn recipe(condition_dropout: f64) -> Recipe {
+        let recipe = json!({
+            "command": "", "time": "", "expected": "", "part": "editing_decoder", "seed": 1, "stages": [{
+                "name": "only", "steps": 1, "batch_size": 4, "data": [], "learning_rate": 1.0,
+                "decoder": {"picture_px": 32, "condition_dropout": condition_dropout},
+            }],
+        });
+        serde_json::from_value(recipe).unwrap()
+    }
+
+    #[test]
+    fn a_sample_without_condition_sees_zeros() {
+        let task = DecoderTask::<EditingDecoder>::open(&recipe(0.0), &random_models_dir(), &cpu()).unwrap();
+        let (module, count) = (task.module().unwrap(), 4);
+        let width = MergerConfig::read(&random_models_dir().join("Nexus-GenV2/config.json")).unwrap().hidden_size;
+        let embeds = |grid: GridThw, seed| ramp::<3>([count, grid.num_merged_tokens(), width], seed);
+        let seen = [embeds(GridThw::GENERATED, 1), embeds(GridThw::REFERENCE, 2)];
+        let loss = |dropout: f64, [embeds, reference]: [Tensor<3>; 2]| {
+            let batch = Prepared {
+                seed: 8,
+                numbers: (0..count as u64).collect(),
+                latents: ramp([count, 16, 4, 4], 3),
+                embeds: ImageEmbeds::new(embeds, GridThw::GENERATED).unwrap(),
+                reference: Some(ImageEmbeds::new(reference, GridThw::REFERENCE).unwrap()),
+            };
+            let losses = task.loss(&module, &recipe(dropout).stages[0], batch).unwrap();
+            losses.total.into_data().try_to_vec_as::<f32>().unwrap()[0]
+        };
+        let scaled =
+            |values: &Tensor<3>, factors: &[f32]| values.clone() * tensor(factors.to_vec(), [count, 1, 1], &cpu());
+        let zeros = seen.clone().map(|values| values.zeros_like());
+        assert_eq!(loss(1.0, seen.clone()), loss(0.0, zeros.clone()));
+        assert_ne!(loss(0.0, seen.clone()), loss(0.0, zeros));
+
+        // Half of them, each by the draw of its own number.
+        let dropped: Vec<bool> = (0..4).map(|number| Draws::new(8, "condition", number).unit() < 0.5).collect();
+        assert!(dropped.contains(&true) && dropped.contains(&false), "{dropped:?}");
+        let half = loss(0.5, seen.clone());
+        for (sample, &is_dropped) in dropped.iter().enumerate() {
+            for of in 0..2 {
+                let mut factors = [1.0; 4];
+                factors[sample] = 2.0;
+                let mut other = seen.clone();
+                other[of] = scaled(&seen[of], &factors);
+                assert_eq!(loss(0.5, other) == half, is_dropped, "sample {sample}, input {of}");
+            }
+        }
+    }
+}

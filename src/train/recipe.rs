@@ -480,3 +480,38 @@ fn hundred() -> u64 {
 fn five_hundred() -> usize {
     500
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn learning_rates_rise_and_fall() {
+        let stage = |schedule| {
+            let stage = json!({
+                "name": "", "steps": 110, "batch_size": 1, "data": [], "learning_rate": 2.0, "warmup_steps": 10,
+                "schedule": schedule,
+            });
+            serde_json::from_value::<StageRecipe>(stage).unwrap()
+        };
+        let cosine = stage(json!({"cosine": {"end": 0.1}}));
+        let expected = [
+            (0, 0.2),
+            (4, 1.0),
+            (9, 2.0),
+            (10, 2.0),
+            (35, 2.0 * (0.1 + 0.9 * 0.5 * (1.0 + 0.5f64.sqrt()))),
+            (60, 1.1),
+            (85, 2.0 * (0.1 + 0.9 * 0.5 * (1.0 - 0.5f64.sqrt()))),
+            (110, 0.2),
+            (200, 0.2),
+        ];
+        for (step, rate) in expected {
+            assert!((cosine.learning_rate_at(step) - rate).abs() < 1e-12, "{step}: {}", cosine.learning_rate_at(step));
+        }
+        let constant = stage(json!("constant"));
+        assert_eq!([0, 4, 9, 10, 60, 109].map(|step| constant.learning_rate_at(step)), [0.2, 1.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+}
