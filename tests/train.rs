@@ -359,11 +359,12 @@ fn latents_are_measured_unless_the_encoder_stays() {
 
 #[test]
 fn bad_samples_are_set_aside_until_the_limit() {
-    let case = Case::new().set("/max_rejected", json!(50));
+    let case = Case::new().set("/max_rejected", json!(1));
     case.spoil(0..1);
     case.run("run").unwrap();
     let rejected = case.read("run/rejected.jsonl");
-    assert!(rejected.lines().count() >= 2 && rejected.contains("no.png"), "{rejected}");
+    // Its line comes in every round over the five, and counts once.
+    assert!(rejected.lines().count() == 1 && rejected.contains("no.png"), "{rejected}");
     let case = case.set("/max_rejected", json!(0));
     let error = case.run("strict").unwrap_err().to_string();
     assert!(error.contains("rejected.jsonl"), "{error}");
@@ -372,13 +373,13 @@ fn bad_samples_are_set_aside_until_the_limit() {
 #[test]
 fn steps_without_a_usable_sample_are_passed_over() {
     let one = |name| stage(name, json!({"batch_size": 1, "steps": 4}));
-    let case = Case::new().set("/max_rejected", json!(50));
+    let case = Case::new().set("/max_rejected", json!(3));
     let case = case.set("/stages/0", one("first")).set("/stages/1", one("second"));
     case.spoil(1..4);
     case.run("undisturbed").unwrap();
     assert_eq!(case.metrics("undisturbed").len(), 8);
     let rejected = case.read("undisturbed/rejected.jsonl");
-    assert!(rejected.lines().count() > 8, "{rejected}");
+    assert_eq!(rejected.lines().count(), 3, "{rejected}");
     let run = case.dir.path().join("run");
     for last in [2, 3, 5] {
         let mut stop = |event: TrainEvent<'_>| match event {
@@ -400,7 +401,7 @@ fn data_of_which_nothing_is_usable_end_with_an_error() {
         let error = case.run("run").unwrap_err();
         let TrainError::NoSamples { stage, rejected } = &error else { panic!("{error}") };
         assert!(stage == "first" && rejected.ends_with("run/rejected.jsonl"), "{error}");
-        assert!((3..60).contains(&case.read("run/rejected.jsonl").lines().count()));
+        assert!((2..=5).contains(&case.read("run/rejected.jsonl").lines().count()));
     }
 }
 

@@ -91,12 +91,9 @@ impl Feed {
         }
     }
 
-    /// Sets a sample aside; one that comes again already is.
+    /// Sets a sample aside; one that comes again counts once.
     pub(crate) fn reject(&mut self, number: u64, reason: &dyn Display) -> Result<(), TrainError> {
-        if self.first(number) != number {
-            return Ok(());
-        }
-        let pick = self.mixture.pick(number);
+        let pick = self.mixture.pick(self.first(number));
         let source = match &self.sources[pick.source] {
             OpenSource::World { .. } => "world".to_string(),
             OpenSource::Messages(file) => file.path().display().to_string(),

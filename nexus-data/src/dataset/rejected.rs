@@ -1,23 +1,32 @@
 //! Samples that cannot be used: source, index and reason -> a line of a file, until there are too many.
 
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
 use crate::image_file::write_whole;
 
 /// A list of samples that were set aside, one JSON object with `source`, `index` and `reason` per line.
 ///
-/// A bad sample does not stop a run unless there are more than a limit.
+/// A bad sample does not stop a run unless there are more than a limit; one that comes again counts once.
 #[derive(Debug)]
 pub struct RejectedSamples {
     path: PathBuf,
     limit: u64,
     count: u64,
+    listed: HashSet<Listed>,
+}
+
+/// What a line is about.
+#[derive(Debug, PartialEq, Eq, Hash, Deserialize)]
+struct Listed {
+    source: String,
+    index: u64,
 }
 
 #[derive(Serialize)]
@@ -34,10 +43,9 @@ impl RejectedSamples {
     /// # Errors
     /// [`DataError::DatasetFile`] if the file cannot be read or written.
     pub fn new(path: impl AsRef<Path>, limit: u64) -> Result<Self, DataError> {
-        let mut list = Self { path: path.as_ref().to_path_buf(), limit, count: 0 };
+        let mut list = Self { path: path.as_ref().to_path_buf(), limit, count: 0, listed: HashSet::new() };
         let lines = list.read()?;
-        list.count = num_lines(&lines);
-        list.keep(&lines, list.count)?;
+        list.keep(&lines, num_lines(&lines))?;
         Ok(list)
     }
 
@@ -50,7 +58,6 @@ impl RejectedSamples {
             return Err(DataError::RejectedMissing { path: self.path, found: self.count, expected: count });
         }
         self.keep(&self.read()?, count)?;
-        self.count = count;
         Ok(self)
     }
 
@@ -64,12 +71,15 @@ impl RejectedSamples {
         self.count
     }
 
-    /// Sets a sample aside.
+    /// Sets a sample aside, unless it is already.
     ///
     /// # Errors
     /// [`DataError::TooManyRejected`] if there are more than the limit now, this one being in the list;
     /// [`DataError::DatasetFile`] if the file cannot be written.
     pub fn reject(&mut self, source: &str, index: u64, reason: &dyn Display) -> Result<(), DataError> {
+        if !self.listed.insert(Listed { source: source.to_string(), index }) {
+            return Ok(());
+        }
         let rejected = Rejected { source, index, reason: &reason.to_string() };
         let written = serde_json::to_string(&rejected).map_err(std::io::Error::from).and_then(|line| {
             let mut file = OpenOptions::new().create(true).append(true).open(&self.path)?;
@@ -90,13 +100,16 @@ impl RejectedSamples {
         }
     }
 
-    /// Makes the file the first `count` of these lines, if they are not all of it.
-    fn keep(&self, lines: &[u8], count: u64) -> Result<(), DataError> {
-        let kept: usize = lines.split_inclusive(|&byte| byte == b'\n').take(count as usize).map(<[u8]>::len).sum();
-        if kept == lines.len() {
+    /// Makes the list the first `count` of these lines of its file.
+    fn keep(&mut self, lines: &[u8], count: u64) -> Result<(), DataError> {
+        let kept: Vec<&[u8]> = lines.split_inclusive(|&byte| byte == b'\n').take(count as usize).collect();
+        self.count = count;
+        self.listed = kept.iter().filter_map(|line| serde_json::from_slice(line).ok()).collect();
+        let length: usize = kept.iter().map(|line| line.len()).sum();
+        if length == lines.len() {
             return Ok(());
         }
-        write_whole(&self.path, &lines[..kept]).map_err(|source| self.failed(source))
+        write_whole(&self.path, &lines[..length]).map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: std::io::Error) -> DataError {
@@ -148,6 +161,23 @@ mod tests {
         let error = list.reject("a", 2, &"x").unwrap_err();
         assert!(matches!(&error, DataError::TooManyRejected { path: named, count: 3, limit: 2 } if *named == path));
         assert_eq!(lines(&path).len(), 3);
+    }
+
+    #[test]
+    fn a_sample_that_comes_again_counts_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rejected.jsonl");
+        let mut list = RejectedSamples::new(&path, 3).unwrap();
+        for (source, index) in [("a", 0), ("a", 1), ("a", 0), ("b", 0), ("b", 0)] {
+            list.reject(source, index, &"x").unwrap();
+        }
+        assert_eq!((list.count(), lines(&path).len()), (3, 3));
+        // Opened again, the list knows them, but not one that it goes back before.
+        let mut list = RejectedSamples::new(&path, 3).unwrap().with_count(2).unwrap();
+        list.reject("a", 1, &"x").unwrap();
+        assert_eq!(list.count(), 2);
+        list.reject("b", 0, &"x").unwrap();
+        assert_eq!((list.count(), lines(&path).len()), (3, 3));
     }
 
     #[test]
