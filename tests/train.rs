@@ -560,6 +560,7 @@ fn wrong_recipes_are_refused() {
     }
     for (part, settings, expected) in [
         ("generation_decoder", json!({"loss": {"kl_weight": 1e-5}}), "kl_weight"),
+        ("autoencoder", json!({"recompute": true}), "recompute"),
         ("editing_decoder", json!({"loss": {"appearance_weight": 2.0}}), "appearance_weight"),
         ("vision_encoder", json!({"decoder": {}, "loss": {"selection_weight": 1.0}}), "selection_weight"),
         ("autoregressive", json!({"decoder": {}, "loss": {"gradient_weight": 2.0}}), "gradient_weight"),

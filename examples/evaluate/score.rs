@@ -9,6 +9,9 @@ use serde::Serialize;
 
 use crate::cli::write_whole;
 
+/// Largest ambiguity of a picture that is clear.
+const CLEAR: f32 = 0.5;
+
 /// Right ones among all, in all and by group.
 #[derive(Debug, Default, Serialize)]
 pub struct Score {
@@ -17,6 +20,12 @@ pub struct Score {
     /// Mean PSNR outside the changed region, in dB, over edits that are not perfect there.
     #[serde(skip_serializing_if = "Option::is_none")]
     psnr_outside_db: Option<f64>,
+    /// Share of those edits with at least 24 dB there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    psnr_at_least_24_db: Option<f64>,
+    /// Pictures among the right ones whose objects are less than half as far (in squares) from what they are as from anything else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clear: Option<Share>,
     #[serde(skip)]
     psnr: Vec<f64>,
 }
@@ -54,7 +63,14 @@ impl Score {
 
     pub fn add_psnr(&mut self, decibels: f64) {
         self.psnr.push(decibels);
-        self.psnr_outside_db = Some(self.psnr.iter().sum::<f64>() / self.psnr.len() as f64);
+        let count = self.psnr.len() as f64;
+        self.psnr_outside_db = Some(self.psnr.iter().sum::<f64>() / count);
+        self.psnr_at_least_24_db = Some(self.psnr.iter().filter(|&&decibels| decibels >= 24.0).count() as f64 / count);
+    }
+
+    /// A picture that is right, with what the judge says of its ambiguity.
+    pub fn add_right_picture(&mut self, ambiguity: f32) {
+        self.clear.get_or_insert_default().add(ambiguity < CLEAR);
     }
 
     pub fn count(&self) -> u64 {
@@ -105,8 +121,12 @@ impl Report {
             }
         }
         for (task, score) in &self.tasks {
-            if let Some(decibels) = score.psnr_outside_db {
+            if let (Some(decibels), Some(share)) = (score.psnr_outside_db, score.psnr_at_least_24_db) {
                 writeln!(table, "\n{task}: {decibels:.1} dB PSNR outside the changed region, mean.")?;
+                writeln!(table, "\n{task}: {share:.3} of them with at least 24 dB.")?;
+            }
+            if let Some(clear) = score.clear {
+                writeln!(table, "\n{task}: {:.3} of the right pictures are clear.", clear.value())?;
             }
         }
         write_whole(&dir.join("report.json"), &serde_json::to_vec_pretty(self)?)?;

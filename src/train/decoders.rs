@@ -438,7 +438,7 @@ mod tests {
                 embeds: ImageEmbeds::new(embeds, GridThw::GENERATED).unwrap(),
                 reference: Some(ImageEmbeds::new(reference, GridThw::REFERENCE).unwrap()),
             };
-            let losses = task.loss(&module, &recipe(dropout).stages[0], batch).unwrap();
+            let losses = task.loss(&module, &recipe(dropout).stages[0], batch, &mut Recomputation::none()).unwrap();
             losses.total.into_data().try_to_vec_as::<f32>().unwrap()[0]
         };
         let scaled =

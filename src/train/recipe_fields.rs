@@ -14,7 +14,9 @@ pub(super) fn check_used(stage: &StageRecipe, part: TrainedPart) -> Result<(), C
     let (decoder, plain) = (&stage.decoder, DecoderRecipe::default());
     let language = &[VisionEncoder, Autoregressive][..];
     let drawing = &[Autoencoder, GenerationDecoder, EditingDecoder][..];
+    let with_blocks = &[VisionEncoder, Autoregressive, GenerationDecoder, EditingDecoder][..];
     let fields = [
+        ("recompute", stage.recompute, with_blocks),
         ("token_weight", loss.token_weight != usual.token_weight, language),
         ("image_weight", loss.image_weight != usual.image_weight, language),
         ("prefill", loss.prefill != usual.prefill, language),

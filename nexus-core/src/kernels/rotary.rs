@@ -1,6 +1,6 @@
 //! Rotary embeddings: heads and tables -> rotated heads.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use super::{
     Level,
@@ -33,7 +33,9 @@ pub(crate) fn rotate(x: Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pair
     let fits = head_dim.is_multiple_of(2)
         && (tables == 1 || tables == batch)
         && [table_tokens, table_width] == [tokens, head_dim / 2]
-        && cos.dims() == sin.dims();
+        && cos.dims() == sin.dims()
+        // A table that is less precise than the heads decides the arithmetic.
+        && [DType::F32, x.dtype()].contains(&cos.dtype());
     let (Some(cos), Some(sin)) = (Rows::of(cos).filter(|_| fits), Rows::of(sin)) else { return Err(x) };
     let level = Level::detect();
     map_rows(x, |first, values| {

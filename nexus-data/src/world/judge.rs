@@ -1,6 +1,6 @@
 //! Judging pictures: a picture and the truth -> what is different.
 
-use super::reader::read_scene;
+use super::reader::{Reading, read_scene};
 use super::render::SIDE_PX;
 use super::scene::{Background, Colour, Object, Place, Scene, Style};
 use crate::{Image, Language};
@@ -66,6 +66,10 @@ fn words(object: &Object) -> String {
 pub struct Verdict {
     /// Whether there is no difference.
     pub correct: bool,
+    /// How far what was read is from being read otherwise: 0 is exact, 1 could be either ([`Reading::ambiguity`]).
+    ///
+    /// [`Reading::ambiguity`]: super::Reading::ambiguity
+    pub ambiguity: f32,
     /// All differences.
     pub differences: Vec<Difference>,
 }
@@ -82,9 +86,9 @@ impl std::fmt::Display for Verdict {
 
 /// Compares what a picture shows with the truth.
 pub fn judge(picture: &Image, truth: &Scene) -> Verdict {
-    let reading = read_scene(picture);
-    let Some(found) = reading.scene else {
-        return Verdict { correct: false, differences: vec![Difference::Unreadable { residual: reading.residual }] };
+    let Reading { scene, residual, ambiguity, .. } = read_scene(picture);
+    let Some(found) = scene else {
+        return Verdict { correct: false, ambiguity, differences: vec![Difference::Unreadable { residual }] };
     };
     let mut differences = vec![];
     if found.background != truth.background {
@@ -100,7 +104,7 @@ pub fn judge(picture: &Image, truth: &Scene) -> Verdict {
             differences.push(Difference::Place { place, expected, found });
         }
     }
-    Verdict { correct: differences.is_empty(), differences }
+    Verdict { correct: differences.is_empty(), ambiguity, differences }
 }
 
 /// Pixels around a change that count as changed too: edges are drawn over them.
@@ -177,6 +181,29 @@ mod tests {
             assert!(!verdict.correct, "{what}");
             assert!(!matches!(verdict.differences[0], Difference::Unreadable { .. }), "{what}: {verdict}");
         }
+    }
+
+    #[test]
+    fn a_shape_between_two_is_ambiguous() {
+        let truth = scene();
+        assert!(judge(&truth.render(), &truth).ambiguity < 1e-3);
+        let mut other = truth.clone();
+        other.objects[0].shape = Shape::Square;
+        let (a, b) = (truth.render(), other.render());
+        let between = |share: f32| {
+            let mixed = a
+                .rgb()
+                .iter()
+                .zip(b.rgb())
+                .map(|(a, b)| (f32::from(*a) * (1.0 - share) + f32::from(*b) * share).round() as u8);
+            judge(&Image::from_rgb8(SIDE_PX, SIDE_PX, mixed.collect()).unwrap(), &truth)
+        };
+        // Errors grow with the square of the share: (0.25 / 0.75)² and (0.45 / 0.55)².
+        for (share, expected) in [(0.25, 0.111), (0.45, 0.669)] {
+            let verdict = between(share);
+            assert!(verdict.correct && (verdict.ambiguity - expected).abs() < 0.02, "{share}: {verdict:?}");
+        }
+        assert!(!between(0.6).correct);
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub struct Reading {
     pub scene: Option<Scene>,
     /// Largest root mean square difference of a place from its best explanation, in levels of 255.
     pub residual: f32,
+    /// How far objects are from being something else: the largest share, over the places with objects, that the error of
+    /// the best explanation has of the error of the best other one. 0 is exact, 1 could be either.
+    pub ambiguity: f32,
     /// Share of the picture that is background.
     pub background_share: f32,
 }
@@ -43,7 +46,8 @@ pub fn read_scene(picture: &Image) -> Reading {
     let best = if outlined.error < CLEAR * flat.error { outlined } else { flat };
     let explained = background_share >= BACKGROUND_SHARE && best.residual <= PLACE_RESIDUAL;
     let scene = Scene { background, style: best.style, objects: best.objects };
-    Reading { scene: explained.then(|| scene.sorted()), residual: best.residual, background_share }
+    let (residual, ambiguity) = (best.residual, best.ambiguity);
+    Reading { scene: explained.then(|| scene.sorted()), residual, ambiguity, background_share }
 }
 
 /// `[height, width, 3]` in levels of 255, of the world's size.
@@ -87,18 +91,31 @@ struct Explanation {
     objects: Vec<Object>,
     error: f32,
     residual: f32,
+    ambiguity: f32,
 }
 
 fn explain(levels: &[f32], background: Background, style: Style) -> Explanation {
     let mut canvas = Canvas::new(levels, background, style);
-    let (mut objects, mut error, mut worst) = (vec![], 0.0, 0.0f32);
+    let (mut objects, mut error, mut worst, mut ambiguity) = (vec![], 0.0, 0.0f32, 0.0f32);
     for place in Place::ALL {
-        let (found, square) = canvas.explain(place);
+        let PlaceExplanation { objects: found, error: square, rival } = canvas.explain(place);
         error += square;
         worst = worst.max(square);
+        if !found.is_empty() {
+            ambiguity = ambiguity.max(square / rival);
+        }
         objects.extend(found);
     }
-    Explanation { style, objects, error, residual: (worst / PLACE_VALUES as f32).sqrt() }
+    Explanation { style, objects, error, residual: (worst / PLACE_VALUES as f32).sqrt(), ambiguity }
+}
+
+/// The best explanation of a place.
+struct PlaceExplanation {
+    objects: Vec<Object>,
+    /// Sum of squares that it leaves.
+    error: f32,
+    /// What the best other explanation leaves.
+    rival: f32,
 }
 
 /// A picture, and a copy of its background to draw explanations on.
@@ -115,11 +132,10 @@ impl<'a> Canvas<'a> {
         Self { levels, background, style, drawn: empty.levels(Colour::rgb) }
     }
 
-    /// The objects in a place, and the sum of squares that they leave.
-    fn explain(&mut self, place: Place) -> (Vec<Object>, f32) {
+    fn explain(&mut self, place: Place) -> PlaceExplanation {
         let nothing = self.error(place, &[]);
         if nothing < EMPTY_SQUARE * PLACE_VALUES as f32 {
-            return (vec![], nothing);
+            return PlaceExplanation { objects: vec![], error: nothing, rival: f32::INFINITY };
         }
         let mut singles: Vec<(f32, Object)> = vec![];
         for size in [Size::Small, Size::Large] {
@@ -131,9 +147,9 @@ impl<'a> Canvas<'a> {
             }
         }
         singles.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let (mut best_error, mut best) = (singles[0].0, vec![singles[0].1]);
+        let (mut best_error, mut best, mut rival) = (singles[0].0, vec![singles[0].1], singles[1].0);
         if nothing <= best_error {
-            (best_error, best) = (nothing, vec![]);
+            (best_error, best, rival) = (nothing, vec![], best_error);
         }
         let large = |object: &Object| object.size == Size::Large && object.texture == Texture::Solid;
         let below: Vec<Object> = singles.iter().map(|(_, object)| *object).filter(large).take(3).collect();
@@ -142,12 +158,15 @@ impl<'a> Canvas<'a> {
                 let on = Object { shape, colour, size: Size::Small, texture: Texture::Solid, place };
                 let error = self.error(place, &[below, on]);
                 // One more object must explain clearly more.
-                if error < 0.8 * best_error {
-                    (best_error, best) = (error, vec![below, on]);
+                let needed = if best.len() == 2 { best_error } else { 0.8 * best_error };
+                if error < needed {
+                    (best_error, best, rival) = (error, vec![below, on], best_error);
+                } else if best.len() == 2 {
+                    rival = rival.min(error);
                 }
             }
         }
-        (best, best_error)
+        PlaceExplanation { objects: best, error: best_error, rival }
     }
 
     /// Sum of squares between the picture and some objects in a place.
@@ -206,21 +225,19 @@ mod tests {
 
     #[test]
     fn clean_and_noisy_pictures_are_read() {
-        let count = if cfg!(debug_assertions) { 60 } else { 1500 };
-        assert!(share_read(count, Scene::render) >= 0.995);
+        assert!(share_read(600, Scene::render) >= 0.995);
         let noise = Variation { noise: 12, seed: 5, ..Variation::default() };
-        assert!(share_read(count, |scene| scene.render_with(noise)) >= 0.99);
+        assert!(share_read(200, |scene| scene.render_with(noise)) >= 0.99);
     }
 
     #[test]
     fn blurred_and_tinted_pictures_are_read() {
-        let count = if cfg!(debug_assertions) { 40 } else { 500 };
         let blurred = |scene: &Scene| {
             let small = resize(&scene.render(), 96, 96, Filter::Bicubic).unwrap();
             let rgb = small.rgb().iter().map(|&byte| (f32::from(byte) * 0.95 + 6.0) as u8).collect();
             Image::from_rgb8(96, 96, rgb).unwrap()
         };
-        assert!(share_read(count, blurred) >= 0.97);
+        assert!(share_read(150, blurred) >= 0.97);
     }
 
     #[test]
