@@ -122,6 +122,31 @@ fn states_after_more_layers_than_there_are_are_refused() {
 }
 
 #[test]
+fn a_sheet_shows_what_the_language_model_predicts() {
+    let settings = decoder(json!({}), json!({"distinct_samples": 2}));
+    let mut recipe = recipe("autoregressive", json!("checkpoint"), world("generation"), settings);
+    recipe.sample_every = Some(1);
+    let dir = tempfile::tempdir().unwrap();
+    train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();
+    let [first, second] = [1, 2].map(|step| {
+        let sheet = Image::open(dir.path().join(format!("samples/step-{step:08}.png"))).unwrap();
+        // Two pictures of 32x32 pixels from the true embeddings, and two from the predicted ones, 4 pixels apart.
+        assert_eq!((sheet.width_px(), sheet.height_px()), (76, 76));
+        let picture = |left: usize, top: usize| -> Vec<u8> {
+            (0..32).flat_map(|y| sheet.rgb()[3 * (76 * (top + y) + left)..][..96].to_vec()).collect()
+        };
+        let mut truth = [picture(4, 4), picture(40, 4)];
+        // The two samples may come in either order.
+        truth.sort();
+        let mut predicted = [picture(4, 40), picture(40, 40)];
+        predicted.sort();
+        (truth, predicted)
+    });
+    assert!(first.0 == second.0, "the true embeddings are the same");
+    assert!(first.1 != second.1 && first.0 != first.1, "predictions are other than the truth, and change");
+}
+
+#[test]
 fn the_vision_encoder_resumes() {
     let initial = json!({"random": {"seed": 2}});
     check_resumes(&recipe("vision_encoder", initial, world("understanding"), json!({"max_grad_norm": 1.0})));

@@ -8,7 +8,7 @@ use burn::{
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, ExcludedToken, TrainingBatch, TrainingSample};
 use nexus_core::{
-    ImageEmbeds,
+    GridThw, ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
     config::ConfigError,
     nn::Recomputation,
@@ -25,8 +25,10 @@ use nexus_vision_encoder::{
 use super::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
     attended::{Looks, looks_of},
+    drawing::{Drawing, SAMPLE_PICTURES},
     feed::{Conversation, usable_input},
     labels::{STATE_CLASSES, Shown},
+    sheet,
     trainer::{Losses, MicroBatch, Task},
     unseen::unseen_words,
 };
@@ -54,6 +56,10 @@ pub(crate) struct LanguageTask {
     device: Device,
     /// Samples that come again, with the images as the frozen encoder sees them; of the stage with this seed.
     encoded: (u64, HashMap<u64, KnownSample>),
+    /// What draws the sheets of samples, if they are wanted.
+    drawing: Option<Drawing>,
+    /// The latest samples that are answered by pictures.
+    latest: Vec<TrainingSample>,
 }
 
 /// A sample and what is known of it.
@@ -153,12 +159,18 @@ impl LanguageTask {
                 (LanguageModule { ar, visual, appearance_head, label_head, input_label_head }, encoder)
             }
         };
+        let drawing = match recipe.sample_every {
+            Some(_) => Some(Drawing::open(&files, device, &options)?),
+            None => None,
+        };
         Ok(Self {
             processor: Processor::open(&files.nexus)?,
             module,
             encoder,
             device: tracked,
             encoded: Default::default(),
+            drawing,
+            latest: vec![],
         })
     }
 
@@ -357,6 +369,13 @@ impl Task for LanguageTask {
             Samples::Encoded(samples) => samples.is_empty(),
             Samples::Raw(inputs) => inputs.is_empty(),
         };
+        if let (Some(_), Samples::Encoded(samples)) = (&self.drawing, &samples) {
+            let drawn = samples.iter().map(|known| &known.sample).filter(|sample| !sample.targets.is_empty());
+            let drawn: Vec<TrainingSample> = drawn.take(SAMPLE_PICTURES).cloned().collect();
+            if !drawn.is_empty() {
+                self.latest = drawn;
+            }
+        }
         Ok((!is_empty).then_some(LanguageBatch { seed, first, samples }))
     }
 
@@ -428,8 +447,21 @@ impl Task for LanguageTask {
         Ok(save_module_as(&module, &NAMES, &dir.join("model.safetensors"), FloatDType::BF16)?)
     }
 
-    fn samples(&mut self, _: &LanguageModule, _: &StageRecipe) -> Result<Option<Image>, TrainError> {
-        Ok(None)
+    /// What the generation decoder draws from the true embeddings of the latest answers, and from those predicted.
+    fn samples(&mut self, module: &LanguageModule, stage: &StageRecipe) -> Result<Option<Image>, TrainError> {
+        let Some(drawing) = self.drawing.as_ref().filter(|_| !self.latest.is_empty()) else { return Ok(None) };
+        let ar = module.ar.valid();
+        let batch = TrainingBatch::new(self.latest.clone(), ar.config())?;
+        let objective = ArObjective { prefill: stage.loss.prefill, ..ArObjective::default() };
+        let predicted = objective.predict_answers(&ar, &batch, FloatDType::F32)?;
+        let truth = self.latest.iter().flat_map(|sample| &sample.targets).map(|target| target.values.clone());
+        let rows = [truth.collect(), predicted].map(|mut embeds: Vec<Tensor<3>>| {
+            embeds.truncate(SAMPLE_PICTURES);
+            let embeds = ImageEmbeds::new(Tensor::cat(embeds, 0), GridThw::GENERATED)?;
+            drawing.draw(&embeds, stage.decoder.picture_px, stage.decoder.embedded_guidance)
+        });
+        let [truth, predicted] = rows;
+        Ok(Some(sheet::rows(&[truth?, predicted?])?))
     }
 }
 

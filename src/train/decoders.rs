@@ -13,11 +13,10 @@ use nexus_core::{
     nn::Recomputation,
     train::{Draws, initialize},
 };
-use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, clip_empty_ids, decoder_image};
+use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, decoder_image};
 use nexus_diffusion::{
-    Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,
-    FlowMatching, FlowMatchingInput, GenerationDecoder, LatentSize,
-    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig},
+    Autoencoder, Conditioning, EditingDecoder, FlowMatching, FlowMatchingInput, GenerationDecoder, LatentSize,
+    config::DiffusionConfig,
     transformer::Dit,
     weights::{EDITING_DECODER, GENERATION_DECODER},
 };
@@ -26,18 +25,13 @@ use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 use super::{
     DecoderRecipe, Initial, Recipe, StageRecipe, TrainError,
     autoregressive::compute_dtype,
+    drawing::{self, SAMPLE_PICTURES, sample_latents},
     feed::{Conversation, usable_input},
     pretraining::{answer_and_source, tensor},
     sheet,
     trainer::{Losses, MicroBatch, Task},
 };
 use crate::ModelFiles;
-
-/// Steps of the sample pictures.
-const SAMPLE_STEPS: usize = 12;
-
-/// Pictures on a sheet of samples.
-const SAMPLE_PICTURES: usize = 8;
 
 /// What the two decoders have in common for training.
 pub(crate) trait TrainedDecoder: Module + Sync {
@@ -173,19 +167,10 @@ impl<D: TrainedDecoder> DecoderTask<D> {
             true => Some(ArModel::load(&language_model, &ArConfig::read(files.config())?, device, &options)?),
             false => None,
         };
-        let config = AutoencoderConfig::read_beside(&files.flux)?;
-        let autoencoder = Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, device, &options)?;
-        let clip_dir = files.text_encoder()?;
-        let clip_config = ClipConfig::read(&clip_dir.join("config.json"))?;
-        let clip = ClipTextEncoder::load(&Checkpoint::open(clip_dir)?, &clip_config, device, &options)?;
-        let ids = clip_empty_ids(clip_config.vocab_size, clip_config.max_position_embeddings);
-        let pooled = clip.pooled(&ids, FloatDType::F32)?;
+        let autoencoder = drawing::autoencoder(&files, device, &options)?;
+        let pooled = drawing::empty_prompt(&files, device, &options)?;
         let tracked = device.clone().autodiff();
-        let config = DiffusionConfig {
-            merger: MergerConfig::read(&files.config())?,
-            dit: DitConfig::read_beside(&files.nexus)?,
-        };
-        config.validate()?;
+        let config = drawing::diffusion_config(&files)?;
         let module = D::new(&config, &tracked);
         let module = match &recipe.initial {
             Initial::Random(weights) => initialize(module, &D::NAMES, weights),
@@ -390,18 +375,9 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         let size = LatentSize::of(&truth);
         let module = module.valid();
         let conditioning = module.condition(&embeds, reference.as_ref(), size)?;
-        let options = DenoiseOptions {
-            num_steps: SAMPLE_STEPS,
-            cfg_scale: 1.0,
-            embedded_guidance: stage.decoder.embedded_guidance,
-            ..DenoiseOptions::default()
-        };
-        let positive = Branch { conditioning, pooled: self.pooled.clone().repeat_dim(0, shown) };
-        let denoiser = Denoiser::new(module.dit(), Branches { positive, negative: None }, size, &options)?;
-        let noise = Draws::new(0, "samples", 0).normal(truth.dims(), &self.device.clone().inner());
-        let mut state = denoiser.start(noise, None)?;
-        let _ = denoiser.run(&mut state, &mut |_| std::ops::ControlFlow::Continue(()));
-        let drawn = self.autoencoder.decode(state.latents, None);
+        let guidance = stage.decoder.embedded_guidance;
+        let drawn = sample_latents(module.dit(), conditioning, &self.pooled, size, guidance)?;
+        let drawn = self.autoencoder.decode(drawn, None);
         Ok(Some(sheet::rows(&[self.autoencoder.decode(truth, None), drawn])?))
     }
 }
@@ -427,7 +403,9 @@ mod tests {
     fn a_sample_without_condition_sees_zeros() {
         let task = DecoderTask::<EditingDecoder>::open(&recipe(0.0), &random_models_dir(), &cpu()).unwrap();
         let (module, count) = (task.module().unwrap(), 4);
-        let width = MergerConfig::read(&random_models_dir().join("Nexus-GenV2/config.json")).unwrap().hidden_size;
+        let width = nexus_diffusion::config::MergerConfig::read(&random_models_dir().join("Nexus-GenV2/config.json"))
+            .unwrap()
+            .hidden_size;
         let embeds = |grid: GridThw, seed| ramp::<3>([count, grid.num_merged_tokens(), width], seed);
         let seen = [embeds(GridThw::GENERATED, 1), embeds(GridThw::REFERENCE, 2)];
         let loss = |dropout: f64, [embeds, reference]: [Tensor<3>; 2]| {

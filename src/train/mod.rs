@@ -18,6 +18,7 @@ mod attended;
 mod autoregressive;
 mod curves;
 mod decoders;
+mod drawing;
 mod error;
 mod feed;
 mod labels;

@@ -42,7 +42,8 @@ pub struct Recipe {
     /// Steps between two lines of metrics.
     #[serde(default = "ten")]
     pub log_every: usize,
-    /// Steps between two sheets of sample pictures, of parts that draw; never if absent.
+    /// Steps between two sheets of sample pictures; never if absent. The language model is shown by what the generation
+    /// decoder of the model draws from its predictions; not for the vision encoder.
     #[serde(default)]
     pub sample_every: Option<usize>,
     /// Micro-batches of a step that are computed side by side, each with its share of the CPU's threads; their losses
@@ -331,8 +332,7 @@ impl Recipe {
             let reason = format!("only the editing decoder begins with the generation decoder, not {:?}", self.part);
             return Err(ConfigError::incoherent("initial", reason));
         }
-        if self.sample_every.is_some() && matches!(self.part, TrainedPart::VisionEncoder | TrainedPart::Autoregressive)
-        {
+        if self.sample_every.is_some() && self.part == TrainedPart::VisionEncoder {
             let reason = format!("has no meaning for {:?}, which draws no pictures", self.part);
             return Err(ConfigError::incoherent("sample_every", reason));
         }

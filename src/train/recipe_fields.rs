@@ -13,7 +13,12 @@ pub(super) fn check_used(stage: &StageRecipe, part: TrainedPart) -> Result<(), C
     let (loss, usual) = (&stage.loss, LossRecipe::default());
     let (decoder, plain) = (&stage.decoder, DecoderRecipe::default());
     let language = &[VisionEncoder, Autoregressive][..];
-    let drawing = &[Autoencoder, GenerationDecoder, EditingDecoder][..];
+    let decoders = &[GenerationDecoder, EditingDecoder][..];
+    // The language model is shown by pictures of what it predicts.
+    let (drawing, guided) = (
+        &[Autoencoder, Autoregressive, GenerationDecoder, EditingDecoder][..],
+        &[Autoregressive, GenerationDecoder, EditingDecoder][..],
+    );
     let with_blocks = &[VisionEncoder, Autoregressive, GenerationDecoder, EditingDecoder][..];
     let fields = [
         ("recompute", stage.recompute, with_blocks),
@@ -31,9 +36,9 @@ pub(super) fn check_used(stage: &StageRecipe, part: TrainedPart) -> Result<(), C
         ("gradient_weight", loss.gradient_weight != usual.gradient_weight, &[Autoencoder]),
         ("kl_weight", loss.kl_weight != usual.kl_weight, &[Autoencoder]),
         ("picture_px", decoder.picture_px != plain.picture_px, drawing),
-        ("embedded_guidance", decoder.embedded_guidance != plain.embedded_guidance, &drawing[1..]),
-        ("condition_dropout", decoder.condition_dropout != plain.condition_dropout, &drawing[1..]),
-        ("predicted_embeds", decoder.predicted_embeds != plain.predicted_embeds, &drawing[1..]),
+        ("embedded_guidance", decoder.embedded_guidance != plain.embedded_guidance, guided),
+        ("condition_dropout", decoder.condition_dropout != plain.condition_dropout, decoders),
+        ("predicted_embeds", decoder.predicted_embeds != plain.predicted_embeds, decoders),
     ];
     match fields.into_iter().find(|(_, is_set, parts)| *is_set && !parts.contains(&part)) {
         Some((field, ..)) => Err(ConfigError::incoherent(field, format!("has no meaning for {part:?}"))),

@@ -1,0 +1,108 @@
+//! Drawing for sheets of samples: image embeddings -> pictures, by parts that are not trained.
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use nexus_core::{
+    ImageEmbeds,
+    checkpoint::{Checkpoint, LoadOptions},
+    train::Draws,
+};
+use nexus_data::clip_empty_ids;
+use nexus_diffusion::{
+    Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder,
+    LatentSize,
+    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig},
+    transformer::Dit,
+};
+
+use super::TrainError;
+use crate::ModelFiles;
+
+/// Steps of the pictures.
+const STEPS: usize = 12;
+
+/// Pictures on a sheet of samples.
+pub(super) const SAMPLE_PICTURES: usize = 8;
+
+/// The parts that draw what the language model predicts, on the plain device.
+pub(super) struct Drawing {
+    decoder: GenerationDecoder,
+    autoencoder: Autoencoder,
+    pooled: Tensor<2>,
+}
+
+impl Drawing {
+    /// The generation decoder and what it needs.
+    pub(super) fn open(files: &ModelFiles, device: &Device, options: &LoadOptions) -> Result<Self, TrainError> {
+        let checkpoint = Checkpoint::open(files.generation_decoder()?)?;
+        Ok(Self {
+            decoder: GenerationDecoder::load(&checkpoint, &diffusion_config(files)?, device, options)?,
+            autoencoder: autoencoder(files, device, options)?,
+            pooled: empty_prompt(files, device, options)?,
+        })
+    }
+
+    /// # Shapes
+    /// - `embeds`: `[pictures, 81, hidden]`
+    /// - returns: `[pictures, 3, side_px, side_px]`, -1 is black and 1 is white
+    pub(super) fn draw(&self, embeds: &ImageEmbeds, side_px: usize, guidance: f64) -> Result<Tensor<4>, TrainError> {
+        let size = LatentSize::from_pixels(side_px, side_px)?;
+        let conditioning = self.decoder.condition(embeds)?;
+        let latents = sample_latents(&self.decoder.dit, conditioning, &self.pooled, size, guidance)?;
+        Ok(self.autoencoder.decode(latents, None))
+    }
+}
+
+/// Latents of pictures without guidance by a negative prompt, from noise that is always the same.
+///
+/// # Shapes
+/// - `conditioning.embeds`: `[pictures, tokens, context]`
+/// - `pooled`: `[1, pooled]`
+/// - returns: `[pictures, channels, height, width]`
+pub(super) fn sample_latents(
+    dit: &Dit,
+    conditioning: Conditioning,
+    pooled: &Tensor<2>,
+    size: LatentSize,
+    guidance: f64,
+) -> Result<Tensor<4>, TrainError> {
+    let [pictures, _, _] = conditioning.embeds.dims();
+    let options =
+        DenoiseOptions { num_steps: STEPS, cfg_scale: 1.0, embedded_guidance: guidance, ..DenoiseOptions::default() };
+    let positive = Branch { conditioning, pooled: pooled.clone().repeat_dim(0, pictures) };
+    let denoiser = Denoiser::new(dit, Branches { positive, negative: None }, size, &options)?;
+    let shape = [pictures, dit.latent_channels(), size.height, size.width];
+    let mut state = denoiser.start(Draws::new(0, "samples", 0).normal(shape, &pooled.device()), None)?;
+    let _ = denoiser.run(&mut state, &mut |_| std::ops::ControlFlow::Continue(()));
+    Ok(state.latents)
+}
+
+/// Sizes of the decoders.
+pub(super) fn diffusion_config(files: &ModelFiles) -> Result<DiffusionConfig, TrainError> {
+    let (merger, dit) = (MergerConfig::read(&files.config())?, DitConfig::read_beside(&files.nexus)?);
+    let config = DiffusionConfig { merger, dit };
+    config.validate()?;
+    Ok(config)
+}
+
+/// The autoencoder of the model.
+pub(super) fn autoencoder(
+    files: &ModelFiles,
+    device: &Device,
+    options: &LoadOptions,
+) -> Result<Autoencoder, TrainError> {
+    let config = AutoencoderConfig::read_beside(&files.flux)?;
+    Ok(Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, device, options)?)
+}
+
+/// What CLIP makes of no text: `[1, pooled]`.
+pub(super) fn empty_prompt(
+    files: &ModelFiles,
+    device: &Device,
+    options: &LoadOptions,
+) -> Result<Tensor<2>, TrainError> {
+    let dir = files.text_encoder()?;
+    let config = ClipConfig::read(&dir.join("config.json"))?;
+    let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, device, options)?;
+    let ids = clip_empty_ids(config.vocab_size, config.max_position_embeddings);
+    Ok(clip.pooled(&ids, FloatDType::F32)?)
+}
