@@ -117,20 +117,7 @@ fn the_autoregressive_objective_and_its_gradients() {
     let (model, config) = (ar_model(), ar_config());
     let batch = TrainingBatch::new(ar_samples(&fixture, &encoder), &config).unwrap();
     assert_eq!((batch.num_samples(), batch.num_image_labels()), (2, 162));
-    let objective = ArObjective::default();
-    let loss = objective.loss(&model, &batch, FloatDType::F32).unwrap();
-    for (part, name) in [
-        (&loss.cross_entropy, "cross_entropy"),
-        (&loss.mse, "mse"),
-        (&loss.cosine, "cosine"),
-        (&loss.image, "image_loss"),
-        (&loss.total, "loss"),
-    ] {
-        assert_close(part, &fixture.floats(&format!("out.{name}")), LOSS_TOLERANCE);
-    }
-    let gradients = loss.total.backward();
     assert_eq!(gradient_sum(loss_again(&model, &batch), &encoder, &VISION_NAMES).len(), 0);
-    let sum = gradient_sum(gradients, &model, &NAMES);
     let whole = [
         "model.norm.weight",
         "vision_head.weight",
@@ -138,7 +125,21 @@ fn the_autoregressive_objective_and_its_gradients() {
         "model.layers.0.self_attn.k_proj.weight",
         "model.layers.3.mlp.down_proj.weight",
     ];
-    check_gradients(&sum, &fixture, &whole, &module_layout(&model, &NAMES));
+    for mut layers in [Recomputation::none(), Recomputation::of_blocks()] {
+        let loss = ArObjective::default().output(&model, &batch, FloatDType::F32, 0..0, &mut layers).unwrap().loss;
+        for (part, name) in [
+            (&loss.cross_entropy, "cross_entropy"),
+            (&loss.mse, "mse"),
+            (&loss.cosine, "cosine"),
+            (&loss.image, "image_loss"),
+            (&loss.total, "loss"),
+        ] {
+            assert_close(part, &fixture.floats(&format!("out.{name}")), LOSS_TOLERANCE);
+        }
+        let mut sum = GradientSum::new();
+        layers.backward(&loss.total, |part| sum.add(part, &model, &NAMES));
+        check_gradients(&sum, &fixture, &whole, &module_layout(&model, &NAMES));
+    }
 }
 
 fn loss_again(model: &ArModel, batch: &TrainingBatch) -> Gradients {
@@ -207,7 +208,14 @@ impl Flow {
         LatentSize::of(&self.fixture.tensor::<4>("in.latents"))
     }
 
-    fn gradients(&self, dit: &Dit, conditioning: &Conditioning) -> Gradients {
+    /// The gradients of a decoder whose transformer and condition tokens these are.
+    fn gradients<'a>(
+        &self,
+        (decoder, names): (&impl Module, &WeightNames),
+        dit: &'a Dit,
+        conditioning: &Conditioning,
+        mut blocks: Recomputation<'a>,
+    ) -> GradientSum {
         let text_ids: Vec<f32> = conditioning.text_ids.iter().flatten().copied().collect();
         assert_eq!(text_ids, self.fixture.floats("in.text_ids"));
         let [latents, noise] = ["in.latents", "in.noise"].map(|name| self.fixture.tensor::<4>(name));
@@ -221,22 +229,23 @@ impl Flow {
             timestep_indices: &[self.index],
             embedded_guidance: self.fixture.meta("guidance"),
         };
-        let loss = self.objective.loss(dit, input, &mut Recomputation::none());
+        let loss = self.objective.loss(dit, input, &mut blocks);
         assert_close(&loss.total, &self.fixture.floats("out.loss"), LOSS_TOLERANCE);
         let weight = self.objective.weights()[self.index];
         assert_close(&(loss.mse * weight), &self.fixture.floats("out.loss"), LOSS_TOLERANCE);
-        loss.total.backward()
+        let mut sum = GradientSum::new();
+        blocks.backward(&loss.total, |part| sum.add(part, decoder, names));
+        sum
     }
 
     /// Compares the gradients, and the parameters of the connector after one step of AdamW.
-    fn check<M: Module>(&self, decoder: M, names: &WeightNames, gradients: Gradients, connector: &[&str]) {
+    fn check<M: Module>(&self, decoder: M, names: &WeightNames, sum: GradientSum, connector: &[&str]) {
         const DIT: [&str; 4] = [
             "pipe.dit.x_embedder.bias",
             "pipe.dit.blocks.0.attn.norm_q_a.weight",
             "pipe.dit.single_blocks.2.to_qkv_mlp.bias",
             "pipe.dit.final_norm_out.linear.bias",
         ];
-        let sum = gradient_sum(gradients, &decoder, names);
         let whole: Vec<&str> = connector.iter().chain(&DIT).copied().collect();
         check_gradients(&sum, &self.fixture, &whole, &module_layout(&decoder, names));
 
@@ -276,9 +285,11 @@ fn the_generation_decoder_learns_as_in_pytorch() {
     let config = diffusion_config();
     let weights = checkpoint("generation_decoder.bin");
     let decoder = GenerationDecoder::load(&weights, &config, &trained(), &OPTIONS).unwrap();
-    let conditioning = decoder.condition(&flow.embeds("in.embeds", GridThw::GENERATED)).unwrap();
-    let gradients = flow.gradients(&decoder.dit, &conditioning);
-    flow.check(decoder, &GENERATION_DECODER, gradients, &["adapter.0.weight", "adapter.4.bias"]);
+    for blocks in [Recomputation::none(), Recomputation::of_blocks()] {
+        let conditioning = decoder.condition(&flow.embeds("in.embeds", GridThw::GENERATED)).unwrap();
+        let sum = flow.gradients((&decoder, &GENERATION_DECODER), &decoder.dit, &conditioning, blocks);
+        flow.check(decoder.clone(), &GENERATION_DECODER, sum, &["adapter.0.weight", "adapter.4.bias"]);
+    }
 }
 
 #[test]
@@ -289,13 +300,15 @@ fn the_editing_decoder_learns_as_in_pytorch() {
     let decoder = EditingDecoder::load(&weights, &config, &trained(), &OPTIONS).unwrap();
     let embeds = flow.embeds("in.embeds", GridThw::GENERATED);
     let reference = flow.embeds("in.reference", GridThw::REFERENCE);
-    let conditioning = decoder.condition(&embeds, Some(&reference), flow.size()).unwrap();
-    let gradients = flow.gradients(&decoder.dit, &conditioning);
     let connector = [
         "embedding_merger.layers.0.self_attn.q_proj.weight",
         "embedding_merger.layers.0.self_attn.q_proj.bias",
         "embedding_merger.projector.0.weight",
         "embedding_merger.projector.5.weight",
     ];
-    flow.check(decoder, &EDITING_DECODER, gradients, &connector);
+    for blocks in [Recomputation::none(), Recomputation::of_blocks()] {
+        let conditioning = decoder.condition(&embeds, Some(&reference), flow.size()).unwrap();
+        let sum = flow.gradients((&decoder, &EDITING_DECODER), &decoder.dit, &conditioning, blocks);
+        flow.check(decoder.clone(), &EDITING_DECODER, sum, &connector);
+    }
 }

@@ -166,7 +166,12 @@ def picture(results):
 def write_docs(docs, results):
     page, what = docs / "performance.md", f"measured: {level(results)}"
     begin, end = f"<!-- {what} -->", f"<!-- /{what} -->"
-    before, rest = page.read_text().split(begin)
+    text = page.read_text()
+    if begin not in text:
+        # After the last block of another kind of processor.
+        at = text.index("-->", text.rindex("<!-- /measured: ")) + len("-->")
+        text = f"{text[:at]}\n\n{begin}\n{end}{text[at:]}"
+    before, rest = text.split(begin)
     after = rest.split(end)[1]
     page.write_text(f"{before}{begin}\n{measured(results)}\n{end}{after}")
     (docs / picture(results)).write_text(plot(results))

@@ -124,7 +124,7 @@ class Step(Stage):
         self.pooled, self.latents = self.input((1, 768), 2), self.input((16, LATENTS, LATENTS), 3)
 
     def run(self):
-        inputs = self.latents, self.text, self.pooled, 1000.0, 3.5, self.rotary
+        inputs = self.latents, self.text, self.pooled, 1000.0, 2.0, self.rotary
         return self.latents - models.dit_velocity(self.weights, self.config, *inputs)
 
 

@@ -138,7 +138,7 @@ fn step(models: &Path, text_positions: Tensor) -> Result<Work> {
     let pooled = ramp(&[1, config.vec_in_dim], 2)?;
     let latents = ramp(&[16, LATENTS, LATENTS], 3)?;
     let scalar = |value: f32| Tensor::from_vec(vec![value], 1, &Device::Cpu);
-    let (timestep, guidance) = (scalar(1.0)?, scalar(3.5)?);
+    let (timestep, guidance) = (scalar(1.0)?, scalar(2.0)?);
     Ok(Box::new(move || {
         let squares = latents.reshape(&[16, half, 2, half, 2])?.permute([1, 3, 0, 2, 4])?;
         let image = squares.reshape((1, half * half, 64))?;
