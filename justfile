@@ -24,6 +24,10 @@ compare *arguments:
 fixtures:
     python tools/parity/make_fixtures.py --out .
 
+# The tests of the kernels under valgrind.
+memcheck:
+    tools/memcheck.sh
+
 # The tests that compute on a device, on WGPU or its software driver.
 gpu-tests:
     tools/gpu_tests.sh
