@@ -1,18 +1,19 @@
-//! Training runs: killed and resumed, on full disks, with bad samples and wrong recipes.
+//! Training runs: killed and resumed, on full disks, and with bad samples.
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod train_case;
 
 use std::{
     fs,
     ops::ControlFlow,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use nexus::{
-    Image, Message,
     core::checkpoint::{Checkpoint, LoadDType, LoadOptions},
     data::{MessagesFile, decoder_image},
     diffusion::{Autoencoder, config::AutoencoderConfig},
@@ -21,95 +22,10 @@ use nexus::{
 use nexus_core::testing::{cpu, random_models_dir};
 use serde_json::{Value, json};
 
+use train_case::{Case, stage};
+
 /// Set in the process that is killed: the directory of recipe and run.
 const CHILD: &str = "NEXUS_TEST_TRAIN";
-
-struct Case {
-    dir: tempfile::TempDir,
-    recipe: Value,
-}
-
-impl Case {
-    /// The autoencoder of the bundled random checkpoint on a few pictures.
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let picture = |seed: usize| {
-            let rgb = (0..3 * 32 * 32).map(|i| ((i * (seed + 3)) % 251) as u8).collect();
-            vec![
-                Message::user().with_image(Image::from_rgb8(32, 32, rgb).unwrap()).with_text("What?"),
-                Message::assistant().with_text("Noise."),
-            ]
-        };
-        let conversations: Vec<Vec<Message>> = (0..5).map(picture).collect();
-        MessagesFile::write(dir.path().join("data.jsonl"), &conversations).unwrap();
-        let recipe = json!({
-            "command": "", "time": "", "expected": "",
-            "part": "autoencoder", "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1,
-            "max_rejected": 2, "parallel_micro_batches": 1,
-            "stages": [
-                stage("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
-                stage("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
-            ],
-        });
-        Self { dir, recipe }
-    }
-
-    fn set(mut self, pointer: &str, value: Value) -> Self {
-        *self.recipe.pointer_mut(pointer).unwrap() = value;
-        self
-    }
-
-    fn recipe(&self) -> Recipe {
-        let path = self.dir.path().join("recipe.json");
-        fs::write(&path, self.recipe.to_string()).unwrap();
-        Recipe::read(path).unwrap()
-    }
-
-    fn run(&self, name: &str) -> Result<TrainOutcome, TrainError> {
-        train(&self.recipe(), random_models_dir(), self.dir.path().join(name), &cpu(), &mut unobserved)
-    }
-
-    fn read(&self, path: &str) -> String {
-        fs::read_to_string(self.dir.path().join(path)).unwrap()
-    }
-
-    /// Metrics, exported weights and exported configuration of a finished run.
-    fn results(&self, name: &str) -> (String, Vec<u8>, String) {
-        let weights = self.dir.path().join(name).join("export/ae.safetensors");
-        let config = self.read(&format!("{name}/export/ae_config.json"));
-        (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap(), config)
-    }
-
-    /// The line of metrics of each step.
-    fn metrics(&self, name: &str) -> Vec<Value> {
-        self.read(&format!("{name}/metrics.jsonl")).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    /// Makes a line of the data one whose picture is missing.
-    fn spoil(&self, lines: std::ops::Range<usize>) {
-        let bad = r#"{"messages":[{"role":"user","content":"<image>"},{"role":"assistant","content":"x"}],"images":["no.png"]}"#;
-        let data = self.read("data.jsonl");
-        let spoilt = data.lines().enumerate().map(|(index, line)| if lines.contains(&index) { bad } else { line });
-        fs::write(self.dir.path().join("data.jsonl"), spoilt.collect::<Vec<_>>().join("\n")).unwrap();
-    }
-
-    fn checkpoints(&self, name: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.dir.path().join(name).join("checkpoints")).unwrap();
-        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-        paths.sort();
-        paths
-    }
-}
-
-fn stage(name: &str, more: Value) -> Value {
-    let mut stage = json!({
-        "name": name, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
-        "data": [{"source": {"messages": {"path": "data.jsonl"}}, "weight": 1.0}],
-        "decoder": {"picture_px": 32},
-    });
-    stage.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    stage
-}
 
 /// Not a test of its own: the process that the others start and kill.
 #[test]
@@ -403,189 +319,4 @@ fn data_of_which_nothing_is_usable_end_with_an_error() {
         assert!(stage == "first" && rejected.ends_with("run/rejected.jsonl"), "{error}");
         assert!((2..=5).contains(&case.read("run/rejected.jsonl").lines().count()));
     }
-}
-
-/// A recipe of one step that moves each weight by its gradient: far above any gradient, `eps` makes AdamW plain descent.
-fn descent(more: Value) -> Case {
-    let mut settings = json!({
-        "steps": 1, "warmup_steps": 0, "learning_rate": 1e4, "optimizer": {"eps": 1e4, "weight_decay": 0.0},
-    });
-    settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let mut case = Case::new();
-    case.recipe["stages"] = json!([stage("only", settings)]);
-    case
-}
-
-/// The gradients of all weights of [`descent`], in order, and the metrics of the step.
-fn gradients(more: Value) -> (Vec<f64>, Value) {
-    let case = descent(more);
-    case.run("run").unwrap();
-    let before = Checkpoint::open(random_models_dir().join("FLUX/FLUX.1-dev/ae.safetensors")).unwrap();
-    let after = Checkpoint::open(case.checkpoints("run")[0].join("module.safetensors")).unwrap();
-    let mut names: Vec<String> = after.entries().map(|entry| entry.name.clone()).collect();
-    names.sort();
-    let values = |file: &Checkpoint, name: &str| file.data(name).unwrap().try_to_vec_as::<f32>().unwrap();
-    let moved = names.iter().flat_map(|name| {
-        let pairs = values(&before, name).into_iter().zip(values(&after, name));
-        pairs.map(|(before, after)| f64::from(before - after)).collect::<Vec<_>>()
-    });
-    (moved.collect(), case.metrics("run").remove(0))
-}
-
-fn norm(values: &[f64]) -> f64 {
-    values.iter().map(|value| value * value).sum::<f64>().sqrt()
-}
-
-/// Norm of the difference, relative to the expected one.
-fn drift(actual: &[f64], expected: &[f64]) -> f64 {
-    norm(&actual.iter().zip(expected).map(|(a, e)| a - e).collect::<Vec<_>>()) / norm(expected)
-}
-
-#[test]
-fn long_gradients_are_scaled_to_the_limit_and_short_ones_stay() {
-    let (free, metrics) = gradients(json!({}));
-    let length = metrics["grad_norm"].as_f64().unwrap();
-    assert!((norm(&free) / length - 1.0).abs() < 1e-3, "{} {length}", norm(&free));
-    let limit = 0.3 * length;
-    let (clipped, metrics) = gradients(json!({"max_grad_norm": limit}));
-    assert_eq!(metrics["grad_norm"].as_f64().unwrap(), length, "the norm is that before clipping");
-    let expected: Vec<f64> = free.iter().map(|gradient| 0.3 * gradient).collect();
-    assert!(drift(&clipped, &expected) < 1e-3, "{}", drift(&clipped, &expected));
-    let (short, _) = gradients(json!({"max_grad_norm": 1.1 * length}));
-    assert_eq!(short, free);
-}
-
-#[test]
-fn accumulated_gradients_are_the_mean() {
-    let (whole, whole_metrics) = gradients(json!({"batch_size": 2}));
-    let (halves, halves_metrics) = gradients(json!({"batch_size": 1, "accumulation": 2}));
-    assert!(drift(&halves, &whole) < 1e-3, "{}", drift(&halves, &whole));
-    for part in ["loss", "reconstruction", "gradient", "kl"] {
-        let [whole, halves] = [&whole_metrics, &halves_metrics].map(|metrics| metrics[part].as_f64().unwrap());
-        assert!((halves / whole - 1.0).abs() < 1e-4, "{part}: {halves} {whole}");
-    }
-    // One of the samples alone gives something else.
-    let (one, _) = gradients(json!({"batch_size": 1}));
-    assert!(drift(&one, &whole) > 0.05, "{}", drift(&one, &whole));
-}
-
-#[test]
-fn every_step_has_the_learning_rate_of_its_schedule() {
-    let settings = json!({"steps": 6, "warmup_steps": 2, "schedule": {"cosine": {"end": 0.5}}});
-    let mut case = Case::new();
-    case.recipe["stages"] = json!([stage("only", settings)]);
-    case.run("run").unwrap();
-    let rates: Vec<f64> = case.metrics("run").iter().map(|line| line["learning_rate"].as_f64().unwrap()).collect();
-    let fallen = |share: f64| 1e-3 * (0.5 + 0.25 * (1.0 + (std::f64::consts::PI * share).cos()));
-    let expected = [0.5e-3, 1e-3, fallen(0.0), fallen(0.25), fallen(0.5), fallen(0.75)];
-    assert!(rates.iter().zip(expected).all(|(rate, expected)| (rate - expected).abs() < 1e-12), "{rates:?}");
-}
-
-#[test]
-fn curves_and_sheets_show_the_run() {
-    let mut case = Case::new();
-    case.recipe["sample_every"] = json!(2);
-    case.run("run").unwrap();
-    let curves = case.read("run/curves.svg");
-    assert!(curves.contains("<svg") && curves.matches("<polyline").count() >= 4, "{curves}");
-    for name in ["loss", "reconstruction", "gradient", "kl"] {
-        assert!(curves.lines().any(|line| line.trim() == name), "no {name} in {curves}");
-    }
-    assert!(!curves.contains("grad_norm") && !curves.contains("learning_rate"));
-    for step in [2, 4, 6] {
-        let sheet = Image::open(case.dir.path().join(format!("run/samples/step-{step:08}.png"))).unwrap();
-        // Two pictures of 32x32 pixels and what is made of them, 4 pixels apart.
-        assert_eq!((sheet.width_px(), sheet.height_px()), (76, 76));
-        let darkest = |top: usize| (0..32).flat_map(|y| &sheet.rgb()[3 * 76 * (top + y)..][12..12 + 96]).min().unwrap();
-        assert!(*darkest(4) < 64 && *darkest(40) < 255, "{} {}", darkest(4), darkest(40));
-    }
-    assert!(!case.dir.path().join("run/samples/step-00000003.png").exists());
-}
-
-#[test]
-fn the_recipes_of_the_repository_are_read_and_say_their_own_command() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (mut dirs, mut count) = (vec![root.join("recipes")], 0);
-    while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                dirs.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "json") {
-                let recipe = Recipe::read(&path).unwrap_or_else(|error| panic!("{error}"));
-                let name = path.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
-                assert!(recipe.command.contains(&format!("--recipe {name} ")), "{name}: {}", recipe.command);
-                count += 1;
-            }
-        }
-    }
-    assert!(count > 15, "only {count} recipes were found");
-}
-
-#[test]
-fn wrong_recipes_are_refused() {
-    for (pointer, value, expected) in [
-        ("/stages/0/name", json!(7), "expected a string"),
-        ("/stages/0/learning_rate", json!(-1.0), "learning_rate"),
-        ("/stages/0/data", json!([]), "data"),
-        ("/stages/0/warmup_steps", json!(9), "warmup_steps"),
-        ("/stages/0/decoder", json!({"picture_px": 33}), "picture_px"),
-        ("/stages/0/decoder", json!({"size": 33}), "size"),
-        ("/stages/0/ema_decay", json!(1.5), "ema_decay"),
-        (
-            "/stages/0/data",
-            json!([{"source": {"world": {"seed": 1, "task": "generation", "kinds": ["describe"]}}, "weight": 1.0}]),
-            "Describe is none of Generation",
-        ),
-        ("/stages/0", stage("first", json!({"muon": {"matrices": ["*.weight"], "momentum": 1.0}})), "momentum"),
-        ("/stages/0", stage("first", json!({"loss": {"label_weight": 1.0}})), "label_weight"),
-        ("/stages/0", stage("first", json!({"loss": {"attention_weight": 1.0}})), "attention_weight"),
-        ("/stages/0", stage("first", json!({"loss": {"exclude_unseen": true}})), "exclude_unseen"),
-        ("/stages/0", stage("first", json!({"loss": {"prefill": false}})), "prefill`: has no meaning for Autoencoder"),
-        ("/stages/0", stage("first", json!({"loss": {"token_weight": 1.0}})), "token_weight"),
-        ("/stages/0", stage("first", json!({"loss": {"embeds_noise": 0.1}})), "embeds_noise"),
-        ("/stages/0", stage("first", json!({"loss": {"state_layers": 1}})), "state_layers"),
-        ("/stages/0/decoder", json!({"picture_px": 32, "condition_dropout": 0.1}), "condition_dropout"),
-        ("/stages/0/decoder", json!({"picture_px": 32, "embedded_guidance": 1.0}), "embedded_guidance"),
-        ("/part", json!("vision_encoder"), "picture_px"),
-        ("/parallel_micro_batches", json!(0), "parallel_micro_batches"),
-        ("/part", json!("tokenizer"), "tokenizer"),
-    ] {
-        let case = Case::new().set(pointer, value);
-        let path = case.dir.path().join("recipe.json");
-        fs::write(&path, case.recipe.to_string()).unwrap();
-        let error = Recipe::read(&path).unwrap_err().to_string();
-        assert!(error.contains(expected), "{pointer}: {error}");
-    }
-    for (part, settings, expected) in [
-        ("generation_decoder", json!({"loss": {"kl_weight": 1e-5}}), "kl_weight"),
-        ("autoencoder", json!({"recompute": true}), "recompute"),
-        ("editing_decoder", json!({"loss": {"appearance_weight": 2.0}}), "appearance_weight"),
-        ("vision_encoder", json!({"decoder": {}, "loss": {"selection_weight": 1.0}}), "selection_weight"),
-        ("autoregressive", json!({"decoder": {}, "loss": {"gradient_weight": 2.0}}), "gradient_weight"),
-        ("autoregressive", json!({"decoder": {"condition_dropout": 0.1}}), "condition_dropout"),
-    ] {
-        let mut case = Case::new().set("/part", json!(part));
-        case.recipe["stages"] = json!([stage("only", settings)]);
-        let path = case.dir.path().join("recipe.json");
-        fs::write(&path, case.recipe.to_string()).unwrap();
-        let error = Recipe::read(&path).unwrap_err().to_string();
-        assert!(error.contains(&format!("{expected}`: has no meaning for")), "{part}: {error}");
-    }
-    let mut case = Case::new().set("/part", json!("vision_encoder"));
-    case.recipe["stages"] = json!([stage("only", json!({"decoder": {}}))]);
-    case.recipe["sample_every"] = json!(5);
-    let path = case.dir.path().join("recipe.json");
-    fs::write(&path, case.recipe.to_string()).unwrap();
-    let error = Recipe::read(&path).unwrap_err().to_string();
-    assert!(error.contains("sample_every") && error.contains("VisionEncoder"), "{error}");
-    let case = Case::new().set("/stages/0/frozen", json!(["encodre.*"]));
-    let error = case.run("run").unwrap_err();
-    assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "encodre.*"), "{error}");
-    let misspelt = json!({"muon": {"matrices": ["*.weight", "*.wieght"]}});
-    let case = Case::new().set("/stages/0", stage("first", misspelt));
-    let error = case.run("run").unwrap_err();
-    assert!(matches!(&error, TrainError::UnknownPattern { pattern, .. } if pattern == "*.wieght"), "{error}");
-    let case = Case::new().set("/stages/0/frozen", json!(["*"]));
-    assert!(matches!(case.run("run").unwrap_err(), TrainError::NothingTrained { .. }));
 }

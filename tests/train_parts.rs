@@ -123,8 +123,9 @@ fn states_after_more_layers_than_there_are_are_refused() {
 
 #[test]
 fn a_sheet_shows_what_the_language_model_predicts() {
-    let settings = decoder(json!({}), json!({"distinct_samples": 2}));
-    let mut recipe = recipe("autoregressive", json!("checkpoint"), world("generation"), settings);
+    // With pictures to be edited, and what the encoder gives in bf16.
+    let settings = decoder(json!({}), json!({"distinct_samples": 2, "compute_dtype": "bf16"}));
+    let mut recipe = recipe("autoregressive", json!("checkpoint"), world("editing"), settings);
     recipe.sample_every = Some(1);
     let dir = tempfile::tempdir().unwrap();
     train(&recipe, random_models_dir(), dir.path(), &cpu(), &mut unobserved).unwrap();

@@ -158,9 +158,7 @@ fn generation(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &
     let (picture, correct, verdict) = match nexus.generate(&sample.prompt, &options) {
         Ok(picture) => {
             let verdict = judge(&picture.image, truth);
-            if verdict.correct {
-                score.add_right_picture(verdict.ambiguity);
-            }
+            score.add_verdict(&verdict);
             (Some(picture.image), verdict.correct, verdict.to_string())
         }
         Err(error @ nexus::Error::NoImage { .. }) => (None, false, error.to_string()),
@@ -180,9 +178,7 @@ fn editing(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &mut
     let (picture, correct, verdict) = match nexus.edit(source, &sample.prompt, &options) {
         Ok(picture) => {
             let verdict = judge(&picture.image, after);
-            if verdict.correct {
-                score.add_right_picture(verdict.ambiguity);
-            }
+            score.add_verdict(&verdict);
             let outside = psnr_outside(&picture.image, truth, &changed_region(before, after));
             if outside.is_finite() {
                 score.add_psnr(f64::from(outside));

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt::Write, path::Path};
 
 use anyhow::Result;
-use nexus::data::world::Split;
+use nexus::data::world::{Split, Verdict};
 use serde::Serialize;
 
 use crate::cli::write_whole;
@@ -23,7 +23,8 @@ pub struct Score {
     /// Share of those edits with at least 24 dB there.
     #[serde(skip_serializing_if = "Option::is_none")]
     psnr_at_least_24_db: Option<f64>,
-    /// Pictures among the right ones whose objects are less than half as far (in squares) from what they are as from anything else.
+    /// Pictures among the right ones in which what the best explanation of a place leaves is less than half of what the
+    /// best other one leaves, as a sum of squares.
     #[serde(skip_serializing_if = "Option::is_none")]
     clear: Option<Share>,
     #[serde(skip)]
@@ -68,9 +69,11 @@ impl Score {
         self.psnr_at_least_24_db = Some(self.psnr.iter().filter(|&&decibels| decibels >= 24.0).count() as f64 / count);
     }
 
-    /// A picture that is right, with what the judge says of its ambiguity.
-    pub fn add_right_picture(&mut self, ambiguity: f32) {
-        self.clear.get_or_insert_default().add(ambiguity < CLEAR);
+    /// What the judge says of a picture: of right ones it is counted how many are clear.
+    pub fn add_verdict(&mut self, verdict: &Verdict) {
+        if verdict.correct {
+            self.clear.get_or_insert_default().add(verdict.ambiguity < CLEAR);
+        }
     }
 
     pub fn count(&self) -> u64 {

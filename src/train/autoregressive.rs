@@ -8,7 +8,7 @@ use burn::{
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, ExcludedToken, TrainingBatch, TrainingSample};
 use nexus_core::{
-    GridThw, ImageEmbeds,
+    ImageEmbeds,
     checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
     config::ConfigError,
     nn::Recomputation,
@@ -28,7 +28,6 @@ use super::{
     drawing::{Drawing, SAMPLE_PICTURES},
     feed::{Conversation, usable_input},
     labels::{STATE_CLASSES, Shown},
-    sheet,
     trainer::{Losses, MicroBatch, Task},
     unseen::unseen_words,
 };
@@ -450,18 +449,7 @@ impl Task for LanguageTask {
     /// What the generation decoder draws from the true embeddings of the latest answers, and from those predicted.
     fn samples(&mut self, module: &LanguageModule, stage: &StageRecipe) -> Result<Option<Image>, TrainError> {
         let Some(drawing) = self.drawing.as_ref().filter(|_| !self.latest.is_empty()) else { return Ok(None) };
-        let ar = module.ar.valid();
-        let batch = TrainingBatch::new(self.latest.clone(), ar.config())?;
-        let objective = ArObjective { prefill: stage.loss.prefill, ..ArObjective::default() };
-        let predicted = objective.predict_answers(&ar, &batch, FloatDType::F32)?;
-        let truth = self.latest.iter().flat_map(|sample| &sample.targets).map(|target| target.values.clone());
-        let rows = [truth.collect(), predicted].map(|mut embeds: Vec<Tensor<3>>| {
-            embeds.truncate(SAMPLE_PICTURES);
-            let embeds = ImageEmbeds::new(Tensor::cat(embeds, 0), GridThw::GENERATED)?;
-            drawing.draw(&embeds, stage.decoder.picture_px, stage.decoder.embedded_guidance)
-        });
-        let [truth, predicted] = rows;
-        Ok(Some(sheet::rows(&[truth?, predicted?])?))
+        drawing.sheet(&module.ar.valid(), stage, &self.latest).map(Some)
     }
 }
 

@@ -195,7 +195,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     fn encode(
         &self,
         messages: Vec<Message>,
-        DecoderRecipe { picture_px: side, predicted_embeds, .. }: DecoderRecipe,
+        &DecoderRecipe { picture_px: side, predicted_embeds, .. }: &DecoderRecipe,
     ) -> Result<Result<Encoded, String>, TrainError> {
         let images = self.processor.image_processor();
         let Some((answer, source)) = answer_and_source(&messages) else {
@@ -263,7 +263,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
             Some(known) => known,
             None => {
                 let Some(Conversation { messages, .. }) = batch.feed.conversation(number)? else { return Ok(None) };
-                match self.encode(messages, stage.decoder.clone())? {
+                match self.encode(messages, &stage.decoder)? {
                     Ok(encoded) => encoded,
                     Err(reason) => {
                         batch.feed.reject(number, &reason)?;

@@ -1,12 +1,13 @@
 //! Drawing for sheets of samples: image embeddings -> pictures, by parts that are not trained.
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
+use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_core::{
-    ImageEmbeds,
+    GridThw, ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions},
     train::Draws,
 };
-use nexus_data::clip_empty_ids;
+use nexus_data::{Image, clip_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder,
     LatentSize,
@@ -14,7 +15,7 @@ use nexus_diffusion::{
     transformer::Dit,
 };
 
-use super::TrainError;
+use super::{DecoderRecipe, StageRecipe, TrainError, sheet};
 use crate::ModelFiles;
 
 /// Steps of the pictures.
@@ -41,15 +42,46 @@ impl Drawing {
         })
     }
 
+    /// A sheet of the answers of samples, which have some: drawn from their true embeddings, and from those that a
+    /// model, on the plain device, predicts.
+    pub(super) fn sheet(
+        &self,
+        ar: &ArModel,
+        stage: &StageRecipe,
+        samples: &[TrainingSample],
+    ) -> Result<Image, TrainError> {
+        let samples = plain(samples)?;
+        let truth: Vec<Tensor<3>> =
+            samples.iter().flat_map(|sample| &sample.targets).map(|target| target.values.clone()).collect();
+        let batch = TrainingBatch::new(samples, ar.config())?;
+        let objective = ArObjective { prefill: stage.loss.prefill, ..ArObjective::default() };
+        let predicted = objective.predict_answers(ar, &batch, FloatDType::F32)?;
+        sheet::rows(&[self.draw(truth, &stage.decoder)?, self.draw(predicted, &stage.decoder)?])
+    }
+
     /// # Shapes
-    /// - `embeds`: `[pictures, 81, hidden]`
-    /// - returns: `[pictures, 3, side_px, side_px]`, -1 is black and 1 is white
-    pub(super) fn draw(&self, embeds: &ImageEmbeds, side_px: usize, guidance: f64) -> Result<Tensor<4>, TrainError> {
-        let size = LatentSize::from_pixels(side_px, side_px)?;
-        let conditioning = self.decoder.condition(embeds)?;
+    /// - `answers`: `[1, 81, hidden]` each
+    /// - returns: `[pictures, 3, picture_px, picture_px]` of the first ones, -1 is black and 1 is white
+    fn draw(&self, mut answers: Vec<Tensor<3>>, settings: &DecoderRecipe) -> Result<Tensor<4>, TrainError> {
+        answers.truncate(SAMPLE_PICTURES);
+        let embeds = ImageEmbeds::new(Tensor::cat(answers, 0), GridThw::GENERATED)?;
+        let size = LatentSize::from_pixels(settings.picture_px, settings.picture_px)?;
+        let conditioning = self.decoder.condition(&embeds)?;
+        let guidance = settings.embedded_guidance;
         let latents = sample_latents(&self.decoder.dit, conditioning, &self.pooled, size, guidance)?;
         Ok(self.autoencoder.decode(latents, None))
     }
+}
+
+/// Samples without their gradients and in f32, as the frozen parts take them.
+fn plain(samples: &[TrainingSample]) -> Result<Vec<TrainingSample>, TrainError> {
+    let image = |image: &ImageEmbeds| ImageEmbeds::new(image.values.clone().inner().cast(DType::F32), image.grid);
+    let images = |images: &[ImageEmbeds]| images.iter().map(image).collect::<Result<Vec<_>, _>>();
+    let plain = |sample: &TrainingSample| {
+        let (inputs, targets) = (images(&sample.inputs)?, images(&sample.targets)?);
+        Ok(TrainingSample { inputs, targets, ..sample.clone() })
+    };
+    samples.iter().map(plain).collect()
 }
 
 /// Latents of pictures without guidance by a negative prompt, from noise that is always the same.

@@ -14,7 +14,7 @@ use self::tiles::{Pair, tiles};
 use super::{
     Level, View,
     simd::{Simd, for_simd},
-    stored::{Stored, narrow, widen},
+    stored::{Stored, widen},
     wrap,
 };
 
@@ -88,7 +88,7 @@ impl Layer<'_> {
         assert!(x.len() == self.rows * self.inputs && self.bias.len() == self.outputs);
         assert_eq!(weight.len(), self.outputs * self.inputs);
         if self.rows <= MAX_DOT_ROWS {
-            narrow(&self.stream(x, weight, level))
+            Y::narrow(self.stream(x, weight, level))
         } else {
             tiles::<f32, _, _, Y>(self, x, weight, level)
         }

@@ -33,6 +33,19 @@ pub(crate) trait Stored: Element + bytemuck::Pod + Default + Send + Sync {
     /// Rounds to the nearest, ties to even.
     fn narrow_slice(level: Level, from: &[f32], to: &mut [Self]);
 
+    /// The values rounded to what is stored, by all threads if there are many.
+    fn narrow(values: Vec<f32>) -> Vec<Self> {
+        let level = Level::detect();
+        let mut stored = vec![Self::default(); values.len()];
+        if values.len() <= CHUNK {
+            Self::narrow_slice(level, &values, &mut stored);
+        } else {
+            let pairs = stored.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+            pairs.for_each(|(stored, values)| Self::narrow_slice(level, values, stored));
+        }
+        stored
+    }
+
     /// Lets a function change values as f32.
     fn in_f32(level: Level, values: &mut [Self], function: impl FnOnce(&mut [f32])) {
         // Taken, not borrowed: whatever the function does, nobody else has this memory.
@@ -57,6 +70,9 @@ impl Stored for f32 {
     }
     fn narrow_slice(_: Level, from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
+    }
+    fn narrow(values: Vec<f32>) -> Vec<Self> {
+        values
     }
     fn in_f32(_: Level, values: &mut [Self], function: impl FnOnce(&mut [f32])) {
         function(values);
@@ -104,22 +120,17 @@ impl Stored for f16 {
     }
 }
 
-/// The values as f32, by all threads.
+/// The values as f32, by all threads if there are many.
 pub(crate) fn widen<E: Stored>(values: &[E]) -> Vec<f32> {
     let level = Level::detect();
     let mut wide = vec![0.0; values.len()];
-    let pairs = wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
-    pairs.for_each(|(wide, values)| widen_slice(level, values, wide));
+    if values.len() <= CHUNK {
+        widen_slice(level, values, &mut wide);
+    } else {
+        let pairs = wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+        pairs.for_each(|(wide, values)| widen_slice(level, values, wide));
+    }
     wide
-}
-
-/// The values rounded to what is stored, by all threads.
-pub(crate) fn narrow<E: Stored>(values: &[f32]) -> Vec<E> {
-    let level = Level::detect();
-    let mut stored = vec![E::default(); values.len()];
-    let pairs = stored.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
-    pairs.for_each(|(stored, values)| E::narrow_slice(level, values, stored));
-    stored
 }
 
 /// Widens as many values as are stored.
@@ -186,7 +197,7 @@ mod tests {
     #[test]
     fn all_threads_convert_what_one_does() {
         let numbers: Vec<f32> = numbers().into_iter().filter(|number| !number.is_nan()).cycle().take(100_001).collect();
-        let stored = narrow::<bf16>(&numbers);
+        let stored = bf16::narrow(numbers.clone());
         assert!(numbers.iter().zip(&stored).all(|(number, stored)| *stored == bf16::from_f32(*number)));
         assert_eq!(widen(&stored), stored.iter().map(|stored| stored.to_f32()).collect::<Vec<_>>());
     }

@@ -7,7 +7,7 @@ use burn::{
 use burn_flex::{FlexTensor, Layout};
 use half::{bf16, f16};
 
-use super::stored::{narrow, widen};
+use super::stored::{Stored, widen};
 
 /// A tensor whose values can be read in place.
 pub(crate) struct View {
@@ -142,8 +142,8 @@ pub(crate) fn wrap<E: Element + bytemuck::Pod, const D: usize>(values: Vec<E>, s
 pub(crate) fn wrap_as<const D: usize>(dtype: DType, values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
     match dtype {
         DType::F32 => wrap(values, shape),
-        DType::BF16 => wrap(narrow::<bf16>(&values), shape),
-        DType::F16 => wrap(narrow::<f16>(&values), shape),
+        DType::BF16 => wrap(bf16::narrow(values), shape),
+        DType::F16 => wrap(f16::narrow(values), shape),
         _ => unreachable!("kernels take floats alone"),
     }
 }

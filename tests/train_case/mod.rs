@@ -1,0 +1,100 @@
+//! A training run of the autoencoder of the bundled random checkpoint, for the tests of runs, steps and recipes.
+#![allow(dead_code, reason = "each test uses its part")]
+
+use std::{fs, path::PathBuf};
+
+use nexus::{
+    Image, Message,
+    data::MessagesFile,
+    train::{Recipe, TrainError, TrainOutcome, train, unobserved},
+};
+use nexus_core::testing::{cpu, random_models_dir};
+use serde_json::{Value, json};
+
+/// A recipe, what it is trained on, and the runs of it.
+pub struct Case {
+    pub dir: tempfile::TempDir,
+    pub recipe: Value,
+}
+
+impl Case {
+    /// The autoencoder of the bundled random checkpoint on a few pictures.
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let picture = |seed: usize| {
+            let rgb = (0..3 * 32 * 32).map(|i| ((i * (seed + 3)) % 251) as u8).collect();
+            vec![
+                Message::user().with_image(Image::from_rgb8(32, 32, rgb).unwrap()).with_text("What?"),
+                Message::assistant().with_text("Noise."),
+            ]
+        };
+        let conversations: Vec<Vec<Message>> = (0..5).map(picture).collect();
+        MessagesFile::write(dir.path().join("data.jsonl"), &conversations).unwrap();
+        let recipe = json!({
+            "command": "", "time": "", "expected": "",
+            "part": "autoencoder", "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1,
+            "max_rejected": 2, "parallel_micro_batches": 1,
+            "stages": [
+                stage("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
+                stage("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
+            ],
+        });
+        Self { dir, recipe }
+    }
+
+    pub fn set(mut self, pointer: &str, value: Value) -> Self {
+        *self.recipe.pointer_mut(pointer).unwrap() = value;
+        self
+    }
+
+    pub fn recipe(&self) -> Recipe {
+        let path = self.dir.path().join("recipe.json");
+        fs::write(&path, self.recipe.to_string()).unwrap();
+        Recipe::read(path).unwrap()
+    }
+
+    pub fn run(&self, name: &str) -> Result<TrainOutcome, TrainError> {
+        train(&self.recipe(), random_models_dir(), self.dir.path().join(name), &cpu(), &mut unobserved)
+    }
+
+    pub fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.dir.path().join(path)).unwrap()
+    }
+
+    /// Metrics, exported weights and exported configuration of a finished run.
+    pub fn results(&self, name: &str) -> (String, Vec<u8>, String) {
+        let weights = self.dir.path().join(name).join("export/ae.safetensors");
+        let config = self.read(&format!("{name}/export/ae_config.json"));
+        (self.read(&format!("{name}/metrics.jsonl")), fs::read(weights).unwrap(), config)
+    }
+
+    /// The line of metrics of each step.
+    pub fn metrics(&self, name: &str) -> Vec<Value> {
+        self.read(&format!("{name}/metrics.jsonl")).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Makes a line of the data one whose picture is missing.
+    pub fn spoil(&self, lines: std::ops::Range<usize>) {
+        let bad = r#"{"messages":[{"role":"user","content":"<image>"},{"role":"assistant","content":"x"}],"images":["no.png"]}"#;
+        let data = self.read("data.jsonl");
+        let spoilt = data.lines().enumerate().map(|(index, line)| if lines.contains(&index) { bad } else { line });
+        fs::write(self.dir.path().join("data.jsonl"), spoilt.collect::<Vec<_>>().join("\n")).unwrap();
+    }
+
+    pub fn checkpoints(&self, name: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.dir.path().join(name).join("checkpoints")).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths
+    }
+}
+
+pub fn stage(name: &str, more: Value) -> Value {
+    let mut stage = json!({
+        "name": name, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
+        "data": [{"source": {"messages": {"path": "data.jsonl"}}, "weight": 1.0}],
+        "decoder": {"picture_px": 32},
+    });
+    stage.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    stage
+}
