@@ -50,10 +50,69 @@ impl Level {
         false
     }
 
+    /// Whether the CPU multiplies tiles of bf16 at this level (AMX), and the system lets this process do it.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    pub(crate) fn multiplies_bf16_tiles(self) -> bool {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return self == Self::Avx512 && *amx::AVAILABLE;
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        false
+    }
+
     /// Every level that this CPU can run, for tests.
     #[cfg(test)]
     pub(crate) fn available() -> impl Iterator<Item = Self> {
         [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect_cpu())
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[allow(unsafe_code)]
+mod amx {
+    use std::{
+        arch::{
+            asm,
+            x86_64::{__cpuid_count, _xgetbv},
+        },
+        sync::LazyLock,
+    };
+
+    /// Asked once, for all threads of the process.
+    pub(super) static AVAILABLE: LazyLock<bool> =
+        LazyLock::new(|| is_x86_feature_detected!("avx512f") && cpu_has_it() && is_permitted());
+
+    /// AMX-TILE and AMX-BF16, and registers that the system saves; for a CPU with AVX-512.
+    fn cpu_has_it() -> bool {
+        const TILE_AND_BF16: u32 = 1 << 24 | 1 << 22;
+        const SAVED: u64 = 1 << 17 | 1 << 18;
+        #[target_feature(enable = "xsave")]
+        fn saved() -> u64 {
+            // SAFETY: register 0 is there where XGETBV is.
+            unsafe { _xgetbv(0) }
+        }
+        // SAFETY: AVX-512 is detected by leaf 7 and by XGETBV, so the CPU has both.
+        __cpuid_count(7, 0).edx & TILE_AND_BF16 == TILE_AND_BF16 && unsafe { saved() } & SAVED == SAVED
+    }
+
+    /// Linux saves the registers of those who ask for it.
+    fn is_permitted() -> bool {
+        const ARCH_PRCTL: isize = 158;
+        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+        const TILE_DATA: usize = 18;
+        let result: isize;
+        // SAFETY: the call takes two numbers and touches no memory; the kernel overwrites RCX and R11.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") ARCH_PRCTL => result,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") TILE_DATA,
+                out("rcx") _,
+                out("r11") _,
+                options(nostack),
+            );
+        }
+        result == 0
     }
 }
 

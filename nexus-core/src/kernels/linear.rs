@@ -4,6 +4,8 @@
 //! go through register tiles.
 #![allow(unsafe_code)]
 
+#[cfg(any(test, target_arch = "x86_64"))]
+mod amx;
 mod tiles;
 
 use burn::tensor::{DType, Tensor};
@@ -53,6 +55,12 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     let level = Level::detect();
     match x.dtype() {
         DType::F32 => Some(wrap(layer.on_stored::<f32>(x.contiguous()?, &weight, level)?, shape)),
+        #[cfg(target_arch = "x86_64")]
+        DType::BF16 if rows >= amx::MIN_ROWS && weight.dtype() == DType::BF16 && level.multiplies_bf16_tiles() => {
+            let (x, weight) = (x.contiguous::<bf16>()?, weight.contiguous::<bf16>()?);
+            // SAFETY: the CPU has just been asked, and only products open the unit, while they take no other work.
+            Some(wrap(unsafe { amx::product::<amx::Amx, bf16>(&layer, x, weight, level) }, shape))
+        }
         DType::BF16 if !few && weight.dtype() == DType::BF16 && level.multiplies_bf16() => {
             let (x, weight) = (x.contiguous::<bf16>()?, weight.contiguous::<bf16>()?);
             Some(wrap(tiles::<Pair, _, _, bf16>(&layer, x, weight, level), shape))
@@ -177,16 +185,46 @@ mod tests {
         }
     }
 
-    /// bf16 rows and weights, as pairs at every level: other CPUs do in several steps what some have an instruction for.
-    fn check_pairs(rows: usize, inputs: usize, outputs: usize) {
-        let half = |shape, seed| values(shape, seed).into_iter().map(bf16::from_f32).collect::<Vec<_>>();
-        let (x, weight, bias) = (half([rows, inputs], 1), half([outputs, inputs], 2), values([1, outputs], 3));
-        let expected = expected(&widen(&x), &widen(&weight), &bias, inputs);
-        let layer = Layer { bias: &bias, rows, inputs, outputs };
-        for level in Level::available().filter(|level| *level != Level::Avx512 || level.multiplies_bf16()) {
-            let drift = relative_drift(&tiles::<Pair, _, _, f32>(&layer, &x, &weight, level), &expected);
-            assert!(drift < 5e-6, "{level:?}, {rows} x {inputs} -> {outputs}: drift {drift:e}");
+    /// Drift of a sum of f32.
+    pub(super) const NEAR: f32 = 5e-6;
+
+    /// bf16 rows and weights, and their product.
+    pub(super) struct Example {
+        pub(super) x: Vec<bf16>,
+        pub(super) weight: Vec<bf16>,
+        pub(super) expected: Vec<f32>,
+        bias: Vec<f32>,
+        sizes: [usize; 3],
+    }
+
+    impl Example {
+        pub(super) fn of(rows: usize, inputs: usize, outputs: usize) -> Self {
+            let half = |shape, seed| values(shape, seed).into_iter().map(bf16::from_f32).collect::<Vec<_>>();
+            let (x, weight, bias) = (half([rows, inputs], 1), half([outputs, inputs], 2), values([1, outputs], 3));
+            let expected = expected(&widen(&x), &widen(&weight), &bias, inputs);
+            Self { x, weight, expected, bias, sizes: [rows, inputs, outputs] }
         }
+
+        pub(super) fn layer(&self) -> Layer<'_> {
+            let [rows, inputs, outputs] = self.sizes;
+            Layer { bias: &self.bias, rows, inputs, outputs }
+        }
+    }
+
+    /// bf16 at every level, as pairs and in tiles: other CPUs do in several steps what some have an instruction for.
+    fn check_bf16(rows: usize, inputs: usize, outputs: usize) {
+        let example = Example::of(rows, inputs, outputs);
+        for (name, y) in products_of_bf16(&example.layer(), &example.x, &example.weight) {
+            let drift = relative_drift(&y, &example.expected);
+            assert!(drift < NEAR, "{name}, {rows} x {inputs} -> {outputs}: drift {drift:e}");
+        }
+    }
+
+    fn products_of_bf16(layer: &Layer<'_>, x: &[bf16], weight: &[bf16]) -> Vec<(String, Vec<f32>)> {
+        let levels = Level::available().filter(|level| *level != Level::Avx512 || level.multiplies_bf16());
+        let pairs =
+            levels.map(|level| (format!("pairs, {level:?}"), tiles::<Pair, _, _, f32>(layer, x, weight, level)));
+        pairs.chain(amx::tests::products(layer, x, weight)).collect()
     }
 
     #[test]
@@ -208,7 +246,7 @@ mod tests {
             check(rows, inputs, outputs, |w| w);
             check(rows, inputs, outputs, bf16::from_f32);
             check(rows, inputs, outputs, f16::from_f32);
-            check_pairs(rows, inputs, outputs);
+            check_bf16(rows, inputs, outputs);
         }
     }
 
@@ -221,13 +259,11 @@ mod tests {
             weight[7 * 40 + 1] = bf16::INFINITY;
             let layer = Layer { bias: &[0.0; 20], rows, inputs: 40, outputs: 20 };
             let half: Vec<bf16> = x.iter().copied().map(bf16::from_f32).collect();
-            let of_floats = Level::available().map(|level| (level, layer.run::<_, f32>(&x, &weight, level)));
-            let of_pairs = Level::available().filter(|level| *level != Level::Avx512 || level.multiplies_bf16());
-            let of_pairs = of_pairs.map(|level| (level, tiles::<Pair, _, _, f32>(&layer, &half, &weight, level)));
-            for (level, y) in of_floats.chain(of_pairs) {
-                assert!(y[..20].iter().all(|value| value.is_nan()), "{level:?}");
+            let of_floats = Level::available().map(|level| (format!("{level:?}"), layer.run(&x, &weight, level)));
+            for (name, y) in of_floats.chain(products_of_bf16(&layer, &half, &weight)) {
+                assert!(y[..20].iter().all(|value: &f32| value.is_nan()), "{name}");
                 if rows > 1 {
-                    assert!(y[20..].chunks(20).all(|row| row[7].is_infinite() && row[6].is_finite()), "{level:?}");
+                    assert!(y[20..].chunks(20).all(|row| row[7].is_infinite() && row[6].is_finite()), "{name}");
                 }
             }
         }

@@ -44,7 +44,7 @@ pub(crate) trait Simd: Copy {
     /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
     unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self;
 
-    /// Writes eight rows of eight elements as columns, which begin `stride` elements apart.
+    /// Writes eight rows of eight elements, unaligned, as columns, which begin `stride` elements apart.
     ///
     /// # Safety
     /// As for the trait, with eight elements behind each pointer and at each column.
@@ -53,7 +53,7 @@ pub(crate) trait Simd: Copy {
         for (lane, row) in rows.into_iter().enumerate() {
             for column in 0..8 {
                 // SAFETY: the caller's condition.
-                unsafe { *to.add(column * stride + lane) = *row.add(column) };
+                unsafe { *to.add(column * stride + lane) = row.add(column).read_unaligned() };
             }
         }
     }

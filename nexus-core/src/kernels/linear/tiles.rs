@@ -23,7 +23,7 @@ const TASK_OUTPUTS: usize = 48;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
 const BLOCK: usize = 256;
 /// Rows that are written together.
-const WRITTEN_ROWS: usize = 8;
+pub(super) const WRITTEN_ROWS: usize = 8;
 
 /// What a lane multiplies in one step: one f32, or two bf16.
 pub(super) trait Lane: Copy + Default + Send + Sync {
@@ -295,13 +295,13 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
 }
 
 /// The output, `[rows, outputs]`, written by tasks that own different columns.
-struct Columns<Y> {
-    to: *mut Y,
-    rows: usize,
-    outputs: usize,
+pub(super) struct Columns<Y> {
+    pub(super) to: *mut Y,
+    pub(super) rows: usize,
+    pub(super) outputs: usize,
 }
 
-// SAFETY: the pointer is only used by `write`, whose callers own different columns.
+// SAFETY: the pointer is only used by `put`, whose callers own different elements.
 unsafe impl<Y: Send> Sync for Columns<Y> {}
 
 impl<Y: Stored> Columns<Y> {
@@ -309,7 +309,6 @@ impl<Y: Stored> Columns<Y> {
     fn write(&self, level: Level, first: usize, bias: &[f32], sums: &[f32], padded_rows: usize) {
         assert!(first + bias.len() <= self.outputs && self.rows <= padded_rows);
         let mut lines = [[0.0; TASK_OUTPUTS]; WRITTEN_ROWS];
-        let mut narrow = [Y::default(); TASK_OUTPUTS];
         for start in (0..self.rows).step_by(WRITTEN_ROWS) {
             turn(level, &sums[start..], padded_rows, &mut lines);
             for (row, line) in (start..self.rows).zip(&mut lines) {
@@ -317,12 +316,24 @@ impl<Y: Stored> Columns<Y> {
                 for (value, bias) in line.iter_mut().zip(bias) {
                     *value += bias;
                 }
-                let narrow = &mut narrow[..bias.len()];
-                Y::narrow_slice(level, line, narrow);
-                // SAFETY: `row` and the columns are inside of the allocation of `rows * outputs` elements, and no
-                // other task writes these columns.
-                unsafe { narrow.as_ptr().copy_to_nonoverlapping(self.to.add(row * self.outputs + first), bias.len()) };
+                // SAFETY: no other task writes these columns.
+                unsafe { self.put(level, row, first, line) };
             }
+        }
+    }
+
+    /// Rounds and writes a row of the columns from `first` on.
+    ///
+    /// # Safety
+    /// `to` points to `rows * outputs` elements, and nobody else uses these meanwhile.
+    pub(super) unsafe fn put(&self, level: Level, row: usize, first: usize, line: &[f32]) {
+        assert!(row < self.rows && first + line.len() <= self.outputs);
+        let mut narrow = [Y::default(); TASK_OUTPUTS];
+        for (values, column) in line.chunks(TASK_OUTPUTS).zip((first..).step_by(TASK_OUTPUTS)) {
+            let narrow = &mut narrow[..values.len()];
+            Y::narrow_slice(level, values, narrow);
+            // SAFETY: the row and the columns are inside of what `to` points to, and the caller owns them.
+            unsafe { narrow.as_ptr().copy_to_nonoverlapping(self.to.add(row * self.outputs + column), values.len()) };
         }
     }
 }
