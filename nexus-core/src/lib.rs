@@ -8,6 +8,8 @@
 
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "cube")]
+mod cube;
 mod embeds;
 mod failure;
 #[cfg(feature = "flex")]

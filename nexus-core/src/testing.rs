@@ -44,6 +44,11 @@ pub fn ramp<const D: usize>(shape: [usize; D], seed: usize) -> Tensor<D> {
     Tensor::from_data(TensorData::new((0..count).map(value).collect(), shape), (&cpu(), DType::F32))
 }
 
+/// A [`ramp`] on the device of the tests.
+pub fn input<const D: usize>(shape: [usize; D], seed: usize) -> Tensor<D> {
+    ramp(shape, seed).to_device(&device())
+}
+
 /// One fixture file.
 pub struct Fixture {
     file: Checkpoint,
@@ -75,7 +80,7 @@ impl Fixture {
         }
         let mut inputs: std::collections::HashMap<String, Ramp> = self.meta("inputs");
         let Ramp { ramp: seed, shape } = inputs.remove(name).unwrap_or_else(|| panic!("no `{name}` in the fixture"));
-        ramp(shape.try_into().unwrap(), seed).to_device(&device())
+        input(shape.try_into().unwrap(), seed)
     }
 
     /// A parameter of the fixture.

@@ -10,34 +10,22 @@ use super::{
     level::with_level,
     rows::{Rows, map_rows},
 };
+use crate::nn::Function;
 
-/// A function of one value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
-    /// `x * sigmoid(x)`.
-    Silu,
-    /// By the error function.
-    Gelu,
-    /// By the tanh approximation.
-    GeluTanh,
-    /// `x * sigmoid(1.702 x)`.
-    QuickGelu,
-}
-
-/// Runs `$run!(function)` with the function of one value for an [`Activation`], chosen outside of the loop.
+/// Runs `$run!(function)` with the function of one value for a [`Function`], chosen outside of the loop.
 macro_rules! choose {
     ($activation:expr, $run:ident) => {
         match $activation {
-            Activation::Silu => $run!(silu),
-            Activation::Gelu => $run!(gelu),
-            Activation::GeluTanh => $run!(gelu_tanh),
-            Activation::QuickGelu => $run!(quick_gelu),
+            Function::Silu => $run!(silu),
+            Function::Gelu => $run!(gelu),
+            Function::GeluTanh => $run!(gelu_tanh),
+            Function::QuickGelu => $run!(quick_gelu),
         }
     };
 }
 
 /// `activation(x)`.
-pub(crate) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
+pub(crate) fn activate<const D: usize>(activation: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
     #[cfg(feature = "train")]
     if super::tracked::is_autodiff(&x) {
         return super::tracked::activate(activation, x);
@@ -48,7 +36,7 @@ pub(crate) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> 
 
 /// `activation(x) * y`; the tensors come back if the kernel does not take them.
 pub(crate) fn activate_times<const D: usize>(
-    activation: Activation,
+    activation: Function,
     x: Tensor<D>,
     y: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
@@ -99,10 +87,10 @@ fn add_gated_slice(level: Level, values: &mut [f32], gate: &[f32], x: &[f32]) {
     );
 }
 
-fn activate_slice(level: Level, activation: Activation, values: &mut [f32]) {
+fn activate_slice(level: Level, activation: Function, values: &mut [f32]) {
     with_level!(
         level,
-        fn run(activation: Activation, values: &mut [f32]) {
+        fn run(activation: Function, values: &mut [f32]) {
             // A `for` loop: `for_each` would not always be inlined here, and then not be compiled for the level.
             macro_rules! each {
                 ($function:ident) => {
@@ -116,10 +104,10 @@ fn activate_slice(level: Level, activation: Activation, values: &mut [f32]) {
     );
 }
 
-fn activate_times_slice(level: Level, activation: Activation, values: &mut [f32], factors: &[f32]) {
+fn activate_times_slice(level: Level, activation: Function, values: &mut [f32], factors: &[f32]) {
     with_level!(
         level,
-        fn run(activation: Activation, values: &mut [f32], factors: &[f32]) {
+        fn run(activation: Function, values: &mut [f32], factors: &[f32]) {
             macro_rules! each {
                 ($function:ident) => {
                     for (value, factor) in values.iter_mut().zip(factors) {
@@ -284,11 +272,11 @@ mod tests {
                         );
                     }
                 };
-                check(Activation::Silu, &|x| x * sigmoid(x));
-                check(Activation::QuickGelu, &|x| x * sigmoid(1.702 * x));
-                check(Activation::GeluTanh, &|x| 0.5 * x * (1.0 + tanh(x)));
-                assert_eq!(run(Activation::Gelu), x.iter().map(|x| gelu(*x)).collect::<Vec<_>>());
-                assert_eq!(run(Activation::Silu), x.iter().map(|x| silu(*x)).collect::<Vec<_>>());
+                check(Function::Silu, &|x| x * sigmoid(x));
+                check(Function::QuickGelu, &|x| x * sigmoid(1.702 * x));
+                check(Function::GeluTanh, &|x| 0.5 * x * (1.0 + tanh(x)));
+                assert_eq!(run(Function::Gelu), x.iter().map(|x| gelu(*x)).collect::<Vec<_>>());
+                assert_eq!(run(Function::Silu), x.iter().map(|x| silu(*x)).collect::<Vec<_>>());
             }
         }
     }

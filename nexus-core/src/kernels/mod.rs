@@ -2,8 +2,8 @@
 //!
 //! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). It computes in f32:
 //! bf16 and f16 tensors are widened on the way in and rounded once on the way out, but for products of bf16 where the
-//! CPU has them. The plain burn formulation in `nn` is the default on every other backend, and it is the oracle of the
-//! kernel's test. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives the kernels
+//! CPU has them. The plain burn formulation in `nn` is the oracle of the kernel's test, and what other backends take where
+//! `cube` has no kernel for them. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives the kernels
 //! their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with the condition
 //! that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
@@ -30,9 +30,9 @@ mod view;
 pub(crate) use adamw::{AdamWStep, adamw};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
-pub(crate) use elementwise::{Activation, activate, activate_times, gated_residual};
+pub(crate) use elementwise::{activate, activate_times, gated_residual};
 pub(crate) use level::Level;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
-pub(crate) use rotary::{Pairs, rotate};
+pub(crate) use rotary::rotate;
 pub(crate) use view::{Floats, View, wrap, wrap_as};

@@ -7,15 +7,7 @@ use super::{
     level::with_level,
     rows::{Rows, map_rows},
 };
-
-/// Which two features of a head are rotated together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pairs {
-    /// Those half a head apart.
-    Halves,
-    /// Neighbours.
-    Neighbours,
-}
+use crate::nn::Pairs;
 
 /// Rotates pairs of features.
 ///

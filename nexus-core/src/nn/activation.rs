@@ -2,16 +2,28 @@
 
 use burn::tensor::{Tensor, activation};
 
+#[cfg(feature = "cube")]
+use crate::cube;
 #[cfg(feature = "flex")]
-use crate::kernels::{self, Activation};
+use crate::kernels;
+
+/// A function of one value.
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Function {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// By the error function.
+    Gelu,
+    /// By the tanh approximation.
+    GeluTanh,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+}
 
 /// `x * sigmoid(x)`.
 pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::activate(Activation::Silu, x) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(x, kernels::activate(Function::Silu, x), cube::activate(Function::Silu, x));
     plain_silu(x)
 }
 
@@ -26,11 +38,7 @@ pub fn relu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// GELU by the error function (`torch.nn.GELU()`).
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::activate(Activation::Gelu, x) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(x, kernels::activate(Function::Gelu, x), cube::activate(Function::Gelu, x));
     plain_gelu(x)
 }
 
@@ -40,11 +48,7 @@ fn plain_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// GELU by its tanh approximation (`gelu_new`, `approximate="tanh"`).
 pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::activate(Activation::GeluTanh, x) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(x, kernels::activate(Function::GeluTanh, x), cube::activate(Function::GeluTanh, x));
     plain_gelu_tanh(x)
 }
 
@@ -58,11 +62,7 @@ fn plain_gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// `x * sigmoid(1.702 x)`, the GELU of CLIP.
 pub fn quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::activate(Activation::QuickGelu, x) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(x, kernels::activate(Function::QuickGelu, x), cube::activate(Function::QuickGelu, x));
     plain_quick_gelu(x)
 }
 
@@ -75,11 +75,11 @@ fn plain_quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// # Shapes
 /// `gate` and `up` have one shape, that of the result.
 pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let (gate, up) = match kernels::activate_times(Activation::Silu, gate, up) {
-        Ok(y) => return y,
-        Err(back) => back,
-    };
+    kernels_first!(
+        (gate, up),
+        kernels::activate_times(Function::Silu, gate, up),
+        cube::activate_times(Function::Silu, gate, up)
+    );
     plain_silu(gate) * up
 }
 
@@ -88,11 +88,11 @@ pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
 /// # Shapes
 /// `gate` and `up` have one shape, that of the result.
 pub fn gelu_tanh_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let (gate, up) = match kernels::activate_times(Activation::GeluTanh, gate, up) {
-        Ok(y) => return y,
-        Err(back) => back,
-    };
+    kernels_first!(
+        (gate, up),
+        kernels::activate_times(Function::GeluTanh, gate, up),
+        cube::activate_times(Function::GeluTanh, gate, up)
+    );
     plain_gelu_tanh(gate) * up
 }
 
@@ -102,11 +102,7 @@ pub fn gelu_tanh_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
 pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, y: Tensor<3>) -> Tensor<3> {
-    #[cfg(feature = "flex")]
-    let y = match kernels::gated_residual(&x, &gate, y) {
-        Ok(sum) => return sum,
-        Err(y) => y,
-    };
+    kernels_first!(y, kernels::gated_residual(&x, &gate, y), cube::gated_residual(&x, &gate, y));
     plain_gated_residual(x, gate, y)
 }
 
@@ -117,10 +113,10 @@ fn plain_gated_residual(x: Tensor<3>, gate: Tensor<3>, y: Tensor<3>) -> Tensor<3
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, assert_close_tensors, cpu, ramp};
+    use crate::testing::{assert_close, assert_close_tensors, cpu, device, input, ramp};
 
     fn at(points: [f32; 4], function: fn(Tensor<1>) -> Tensor<1>) -> Tensor<1> {
-        function(Tensor::from_floats(points, &cpu()))
+        function(Tensor::from_floats(points, &device()))
     }
 
     // Expected values: torch.nn.functional.{silu,gelu} in float64 at the same points.
@@ -147,7 +143,7 @@ mod tests {
             [(silu, plain_silu), (gelu, plain_gelu), (gelu_tanh, plain_gelu_tanh), (quick_gelu, plain_quick_gelu)];
         for (fast, plain) in pairs {
             for shape in [[1, 1, 1], [1, 3, 7], [2, 5, 17], [1, 13, 1280], [3, 50, 301]] {
-                let x = ramp(shape, 3) * 9.0;
+                let x = input(shape, 3) * 9.0;
                 assert_close_tensors(&fast(x.clone()), &plain(x.clone()), 2e-6);
                 let permuted = x.clone().swap_dims(0, 1);
                 assert_close_tensors(&fast(permuted.clone()), &plain(permuted), 2e-6);
@@ -181,11 +177,11 @@ mod tests {
     #[test]
     fn products_and_residuals_match_the_plain_formulation() {
         for [batch, tokens, width] in [[1, 1, 1], [1, 1, 3584], [2, 7, 17], [3, 11, 80], [2, 9, 2100]] {
-            let x = ramp([batch, tokens, width], 1);
-            let y = ramp([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width);
+            let x = input([batch, tokens, width], 1);
+            let y = input([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width);
             assert_close_tensors(&silu_mul(x.clone(), y.clone()), &(plain_silu(x.clone()) * y.clone()), 2e-6);
             assert_close_tensors(&gelu_tanh_mul(y.clone(), x.clone()), &(plain_gelu_tanh(y.clone()) * x.clone()), 2e-6);
-            let gate = ramp([batch, 1, 3 * width], 3).narrow(2, width, width);
+            let gate = input([batch, 1, 3 * width], 3).narrow(2, width, width);
             let expected = plain_gated_residual(y.clone(), gate.clone(), x.clone());
             assert_close_tensors(&gated_residual(y, gate, x), &expected, 2e-6);
         }

@@ -47,13 +47,20 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_
     plain(q, k, v, options)
 }
 
-/// [`attention`] by burn's own, on repeated heads.
+/// [`attention`] by a kernel for GPUs or burn's own, on repeated heads.
 pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
     let [batch, queries, heads, head_dim] = q.dims();
     let k = repeat_heads(k, heads).swap_dims(1, 2);
     let v = repeat_heads(v, heads).swap_dims(1, 2);
     let q = q.swap_dims(1, 2);
-    let run = |q, k, v, is_causal| {
+    let run = |q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, is_causal: bool| {
+        #[cfg(feature = "cube")]
+        {
+            let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+            if let Some(mixed) = crate::cube::attention(&q, &k, &v, options.bias.as_ref(), scale, is_causal) {
+                return mixed;
+            }
+        }
         let module_options = AttentionModuleOptions { scale: options.scale, softcap: None, is_causal };
         module::attention(q, k, v, None, options.bias.clone(), module_options)
     };
@@ -137,7 +144,7 @@ pub(crate) mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
-    use crate::testing::{assert_close, cpu, ramp};
+    use crate::testing::{assert_close, device, input};
 
     /// Attention written out with loops in f64: `visible(query, key)`, `bias(head, query, key)`.
     pub(crate) fn naive(
@@ -180,9 +187,9 @@ pub(crate) mod tests {
     fn qkv(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize) -> [Tensor<4>; 3] {
         let dim = 6;
         [
-            ramp([batch, queries, heads, dim], 1) * 2.0,
-            ramp([batch, keys, kv_heads, dim], 2) * 2.0,
-            ramp([batch, keys, kv_heads, dim], 3),
+            input([batch, queries, heads, dim], 1) * 2.0,
+            input([batch, keys, kv_heads, dim], 2) * 2.0,
+            input([batch, keys, kv_heads, dim], 3),
         ]
     }
 
@@ -221,7 +228,7 @@ pub(crate) mod tests {
         let [q, k, v] = qkv(1, 4, 4, 2, 2);
         let bias = |h: usize, i: usize, j: usize| (h as f64 + 1.0) * (i as f64 - j as f64) * 0.3;
         let values: Vec<f32> = (0..32).map(|n| bias(n / 16, n / 4 % 4, n % 4) as f32).collect();
-        let tensor = Tensor::from_data(TensorData::new(values, [1, 2, 4, 4]), &cpu());
+        let tensor = Tensor::from_data(TensorData::new(values, [1, 2, 4, 4]), &device());
         let expected = naive([&q, &k, &v], |_, _| true, bias, 1.0);
         let options = Attention { bias: Some(tensor), scale: Some(1.0), ..Default::default() };
         check([q, k, v], &options, &expected);

@@ -44,6 +44,35 @@ impl Linear {
         }
         let weight = cast_like(weight, &x);
         let bias = bias.map(|bias| cast_like(bias, &x));
+        #[cfg(feature = "cube")]
+        if let Some(y) = crate::cube::linear(&x, &weight, bias.as_ref()) {
+            return y;
+        }
         linear(x, weight.transpose(), bias)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, input};
+
+    #[test]
+    fn a_layer_is_the_sum_of_products_and_the_bias() {
+        for [batch, rows, inputs, outputs] in
+            [[1, 1, 7, 5], [2, 3, 33, 17], [1, 130, 64, 40], [1, 1, 256, 130], [3, 50, 136, 129]]
+        {
+            let (x, weight, bias) = (input([batch, rows, inputs], 1), input([outputs, inputs], 2), input([outputs], 3));
+            let values = |x: Tensor<1>| x.into_data().try_into_vec::<f32>().unwrap();
+            let [a, w, b] = [x.clone().flatten::<1>(0, 2), weight.clone().flatten::<1>(0, 1), bias.clone()].map(values);
+            let dot =
+                |row: &[f32], w: &[f32]| row.iter().zip(w).map(|(a, w)| f64::from(*a) * f64::from(*w)).sum::<f64>();
+            let row = |row: &[f32]| {
+                w.chunks(inputs).zip(&b).map(|(w, b)| (dot(row, w) + f64::from(*b)) as f32).collect::<Vec<_>>()
+            };
+            let expected: Vec<f32> = a.chunks(inputs).flat_map(row).collect();
+            let layer = Linear { weight: Param::from_tensor(weight), bias: Some(Param::from_tensor(bias)) };
+            assert_close(&layer.forward(x), &expected, 1e-5);
+        }
     }
 }

@@ -3,6 +3,22 @@
 //! Weights keep the dtype of the file and activations keep theirs: every block casts its weights to the dtype of its
 //! input, so that bf16 weights can be used with f32 activations. A block belongs here when a second crate needs it.
 
+/// Returns what the kernels for CPUs or GPUs make of a tensor; where they do not know it, they give it back.
+macro_rules! kernels_first {
+    ($back:pat, $cpu:expr, $gpu:expr) => {
+        #[cfg(feature = "flex")]
+        let $back = match $cpu {
+            Ok(y) => return y,
+            Err(back) => back,
+        };
+        #[cfg(feature = "cube")]
+        let $back = match $gpu {
+            Ok(y) => return y,
+            Err(back) => back,
+        };
+    };
+}
+
 mod activation;
 mod attention;
 mod conv;
@@ -16,6 +32,8 @@ mod quantization;
 mod recomputation;
 mod rotary;
 
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) use activation::Function;
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
 #[cfg(all(test, feature = "flex", feature = "train"))]
 pub(crate) use attention::plain as plain_attention;
@@ -31,6 +49,8 @@ pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
 pub use quantization::{Quantization, weight_bytes};
 pub use recomputation::{Activation, Recomputation};
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) use rotary::Pairs;
 pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
 #[cfg(all(test, feature = "flex", feature = "train"))]
 pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};

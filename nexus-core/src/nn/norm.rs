@@ -6,6 +6,8 @@ use burn::{
 };
 
 use super::{cast_like, silu};
+#[cfg(feature = "cube")]
+use crate::cube::{self, Norm};
 #[cfg(feature = "flex")]
 use crate::kernels;
 
@@ -34,11 +36,11 @@ impl RmsNorm {
     /// # Shapes
     /// `[.., width]` to `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        #[cfg(feature = "flex")]
-        let x = match kernels::rms_norm(x, &self.weight.val(), self.epsilon) {
-            Ok(y) => return y,
-            Err(x) => x,
-        };
+        kernels_first!(
+            x,
+            kernels::rms_norm(x, &self.weight.val(), self.epsilon),
+            cube::normalize(x, Norm::Rms { weight: &self.weight.val() }, self.epsilon)
+        );
         self.plain_forward(x)
     }
 
@@ -55,11 +57,7 @@ impl RmsNorm {
 
 /// `(x - mean) / sqrt(variance + eps)` over the last dimension, without weights, in the dtype of `x`.
 pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::layer_norm(x, epsilon) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(x, kernels::layer_norm(x, epsilon), cube::normalize(x, Norm::Layer, epsilon));
     plain_layer_norm(x, epsilon)
 }
 
@@ -78,11 +76,11 @@ fn plain_layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
 /// - `x`: `[batch, tokens, width]`
 /// - `shift`, `scale`: `[batch, 1, width]`
 pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::modulated_layer_norm(x, &shift, &scale, epsilon) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(
+        x,
+        kernels::modulated_layer_norm(x, &shift, &scale, epsilon),
+        cube::normalize(x, Norm::Modulated { scale: &scale, shift: &shift }, epsilon)
+    );
     plain_modulate(x, shift, scale, epsilon)
 }
 
@@ -113,11 +111,11 @@ impl LayerNorm {
     /// # Shapes
     /// `[.., width]` to `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        #[cfg(feature = "flex")]
-        let x = match kernels::affine_layer_norm(x, &self.weight.val(), &self.bias.val(), self.epsilon) {
-            Ok(y) => return y,
-            Err(x) => x,
-        };
+        kernels_first!(
+            x,
+            kernels::affine_layer_norm(x, &self.weight.val(), &self.bias.val(), self.epsilon),
+            cube::normalize(x, Norm::Affine { weight: &self.weight.val(), bias: &self.bias.val() }, self.epsilon)
+        );
         self.plain_forward(x)
     }
 
@@ -202,11 +200,11 @@ impl GroupNorm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, assert_close_tensors, cpu, ramp};
+    use crate::testing::{assert_close, assert_close_tensors, cpu, device, input, ramp};
 
     #[test]
     fn layer_norm_centres_and_scales() {
-        let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0, 6.0]], &cpu());
+        let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0, 6.0]], &device());
         // mean 3, variance 3.5
         let expected = [-2.0, -1.0, 0.0, 3.0].map(|d: f32| d / 3.5f32.sqrt());
         assert_close(&layer_norm(x, 0.0), &expected, 1e-6);
@@ -214,9 +212,9 @@ mod tests {
 
     #[test]
     fn rms_norm_divides_by_root_mean_square() {
-        let x = Tensor::<2>::from_floats([[3.0, 4.0], [0.0, 0.0]], &cpu());
+        let x = Tensor::<2>::from_floats([[3.0, 4.0], [0.0, 0.0]], &device());
         let rms = 12.5f32.sqrt();
-        assert_close(&RmsNorm::new(2, 1e-6, &cpu()).forward(x), &[3.0 / rms, 4.0 / rms, 0.0, 0.0], 1e-6);
+        assert_close(&RmsNorm::new(2, 1e-6, &device()).forward(x), &[3.0 / rms, 4.0 / rms, 0.0, 0.0], 1e-6);
     }
 
     #[test]
@@ -236,9 +234,9 @@ mod tests {
     /// Activations of one shape, some of them views.
     fn inputs(batch: usize, tokens: usize, width: usize) -> [Tensor<3>; 3] {
         [
-            ramp([batch, tokens, width], 1) * 3.0 + 0.5,
-            ramp([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width),
-            ramp([width, batch, tokens], 3).permute([1, 2, 0]),
+            input([batch, tokens, width], 1) * 3.0 + 0.5,
+            input([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width),
+            input([width, batch, tokens], 3).permute([1, 2, 0]),
         ]
     }
 
@@ -246,11 +244,13 @@ mod tests {
 
     #[test]
     fn norms_of_rows_match_the_plain_formulation() {
-        for ([batch, tokens, width], dtype) in SHAPES.into_iter().zip([DType::F32, DType::BF16, DType::F16].repeat(2)) {
-            let weight = |seed| Param::from_tensor(ramp([width], seed).cast(dtype));
+        let mut dtypes = vec![DType::F32, DType::BF16, DType::F16];
+        dtypes.retain(|&dtype| device().supports_dtype(dtype));
+        for ([batch, tokens, width], dtype) in SHAPES.into_iter().zip(dtypes.into_iter().cycle()) {
+            let weight = |seed| Param::from_tensor(input([width], seed).cast(dtype));
             let rms = RmsNorm { weight: weight(5), epsilon: 1e-6 };
             let layer = LayerNorm { weight: weight(6), bias: weight(7), epsilon: 1e-6 };
-            let vectors = ramp([batch, 1, 3 * width], 8);
+            let vectors = input([batch, 1, 3 * width], 8);
             let (shift, scale) = (vectors.clone().narrow(2, 0, width), vectors.narrow(2, width, width));
             for x in inputs(batch, tokens, width) {
                 assert_close_tensors(&rms.forward(x.clone()), &rms.plain_forward(x.clone()), 2e-6);
@@ -264,8 +264,8 @@ mod tests {
 
     #[test]
     fn heads_are_normalised_where_they_lie() {
-        let q = ramp([2, 9, 3 * 5, 16], 1).narrow(2, 5, 5);
-        let norm = RmsNorm { weight: Param::from_tensor(ramp([16], 2)), epsilon: 1e-6 };
+        let q = input([2, 9, 3 * 5, 16], 1).narrow(2, 5, 5);
+        let norm = RmsNorm { weight: Param::from_tensor(input([16], 2)), epsilon: 1e-6 };
         assert_close_tensors(&norm.forward(q.clone()), &norm.plain_forward(q), 2e-6);
     }
 

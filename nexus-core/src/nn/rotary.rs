@@ -4,8 +4,20 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
+#[cfg(feature = "cube")]
+use crate::cube;
 #[cfg(feature = "flex")]
-use crate::kernels::{self, Pairs};
+use crate::kernels;
+
+/// Which two features of a head are rotated together.
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Pairs {
+    /// Those half a head apart.
+    Halves,
+    /// Neighbours.
+    Neighbours,
+}
 
 /// Cosines and sines of the rotation angles, one per token and pair of features.
 #[derive(Debug, Clone)]
@@ -68,11 +80,11 @@ pub fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
 ///
 /// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `rotate_half`).
 pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::rotate(x, &table.cos, &table.sin, Pairs::Halves) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(
+        x,
+        kernels::rotate(x, &table.cos, &table.sin, Pairs::Halves),
+        cube::rotate(x, &table.cos, &table.sin, Pairs::Halves)
+    );
     plain_rotate_half(x, table)
 }
 
@@ -96,11 +108,11 @@ pub(crate) fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> 
 ///
 /// Source: FLUX (math.py, `apply_rope`).
 pub fn rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
-    #[cfg(feature = "flex")]
-    let x = match kernels::rotate(x, &table.cos, &table.sin, Pairs::Neighbours) {
-        Ok(y) => return y,
-        Err(x) => x,
-    };
+    kernels_first!(
+        x,
+        kernels::rotate(x, &table.cos, &table.sin, Pairs::Neighbours),
+        cube::rotate(x, &table.cos, &table.sin, Pairs::Neighbours)
+    );
     plain_rotate_interleaved(x, table)
 }
 
@@ -166,15 +178,15 @@ impl MultimodalRotary {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, assert_close_tensors, cpu, ramp};
+    use crate::testing::{assert_close, assert_close_tensors, cpu, device, input, ramp};
 
     fn quarter_turn() -> RotaryTable {
-        RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &cpu())
+        RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &device())
     }
 
     #[test]
     fn rotations_pair_the_right_features() {
-        let x = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0], &cpu()).reshape([1, 1, 1, 4]);
+        let x = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0], &device()).reshape([1, 1, 1, 4]);
         assert_close(&rotate_half(x.clone(), &quarter_turn()), &[-3.0, 2.0, 1.0, 4.0], 1e-6);
         assert_close(&rotate_interleaved(x, &quarter_turn()), &[-2.0, 1.0, 3.0, 4.0], 1e-6);
     }
@@ -194,11 +206,11 @@ mod tests {
         for [batch, tables, tokens, heads, pairs] in
             [[1, 1, 1, 1, 1], [2, 1, 5, 3, 8], [2, 2, 7, 4, 17], [3, 3, 1, 2, 40], [1, 1, 131, 5, 64]]
         {
-            let angles = ramp([tables, tokens, pairs + 1], 1).narrow(2, 1, pairs) * 50.0;
+            let angles = input([tables, tokens, pairs + 1], 1).narrow(2, 1, pairs) * 50.0;
             let table = RotaryTable { cos: angles.clone().cos(), sin: angles.sin() };
-            let joined = ramp([batch, tokens, 3 * heads, 2 * pairs], 2);
-            let heads_first = ramp([batch, heads, tokens, 2 * pairs], 3).swap_dims(1, 2);
-            let widths_first = ramp([2 * pairs, tokens, heads, batch], 4).swap_dims(0, 3);
+            let joined = input([batch, tokens, 3 * heads, 2 * pairs], 2);
+            let heads_first = input([batch, heads, tokens, 2 * pairs], 3).swap_dims(1, 2);
+            let widths_first = input([2 * pairs, tokens, heads, batch], 4).swap_dims(0, 3);
             for x in [joined.narrow(2, heads, heads), heads_first, widths_first] {
                 assert_close_tensors(&rotate_half(x.clone(), &table), &plain_rotate_half(x.clone(), &table), 1e-6);
                 let expected = plain_rotate_interleaved(x.clone(), &table);
@@ -210,7 +222,7 @@ mod tests {
     #[test]
     fn a_table_of_another_dtype_decides_the_arithmetic() {
         let x = ramp([1, 1, 3, 4], 2);
-        let table = quarter_turn().cast(DType::BF16);
+        let table = RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &cpu()).cast(DType::BF16);
         let y = rotate_half(x.clone(), &table);
         assert_eq!(y.dtype(), DType::F32);
         assert_close_tensors(&y, &plain_rotate_half(x, &table), 0.0);

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 
 use super::{
     super::{
-        Activation, Level, Pairs,
+        Level,
         elementwise::{self as plain, exp, normal},
         level::with_level,
         rotary,
@@ -14,9 +14,10 @@ use super::{
     Operand, gradient, parents, record,
     sums::rows_and_sums,
 };
+use crate::nn::{Function, Pairs};
 
 /// `activation(x)`.
-pub(in super::super) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
+pub(in super::super) fn activate<const D: usize>(activation: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
     let Some(operand) = Operand::of(&x) else { return Err(x) };
     let Ok(result) = plain::activate(activation, operand.value.clone()) else { return Err(x) };
     let kept = operand.value;
@@ -26,7 +27,7 @@ pub(in super::super) fn activate<const D: usize>(activation: Activation, x: Tens
 
 /// `activation(x) * y`.
 pub(in super::super) fn activate_times<const D: usize>(
-    activation: Activation,
+    activation: Function,
     x: Tensor<D>,
     y: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
@@ -43,7 +44,7 @@ pub(in super::super) fn activate_times<const D: usize>(
 
 /// `upstream * activation'(x) * factor`.
 fn times_slope<const D: usize>(
-    activation: Activation,
+    activation: Function,
     upstream: Tensor<D>,
     x: &Tensor<D>,
     factor: Option<&Tensor<D>>,
@@ -78,10 +79,10 @@ fn multiply(level: Level, values: &mut [f32], factors: &[f32]) {
 }
 
 /// Multiplies values by the slope of the activation at `x`.
-fn slopes(level: Level, activation: Activation, values: &mut [f32], x: &[f32]) {
+fn slopes(level: Level, activation: Function, values: &mut [f32], x: &[f32]) {
     with_level!(
         level,
-        fn run(activation: Activation, values: &mut [f32], x: &[f32]) {
+        fn run(activation: Function, values: &mut [f32], x: &[f32]) {
             macro_rules! each {
                 ($function:ident) => {
                     for (value, x) in values.iter_mut().zip(x) {
@@ -90,10 +91,10 @@ fn slopes(level: Level, activation: Activation, values: &mut [f32], x: &[f32]) {
                 };
             }
             match activation {
-                Activation::Silu => each!(silu_slope),
-                Activation::Gelu => each!(gelu_slope),
-                Activation::GeluTanh => each!(gelu_tanh_slope),
-                Activation::QuickGelu => each!(quick_gelu_slope),
+                Function::Silu => each!(silu_slope),
+                Function::Gelu => each!(gelu_slope),
+                Function::GeluTanh => each!(gelu_tanh_slope),
+                Function::QuickGelu => each!(quick_gelu_slope),
             }
         }
     );
@@ -203,19 +204,19 @@ mod tests {
 
     const SHAPES: [[usize; 3]; 4] = [[1, 1, 1], [2, 5, 7], [1, 13, 131], [3, 100, 67]];
 
-    fn plain(kind: Activation, x: Tensor<3>) -> Tensor<3> {
+    fn plain(kind: Function, x: Tensor<3>) -> Tensor<3> {
         match kind {
-            Activation::Silu => activation::silu(x),
-            Activation::Gelu => activation::gelu(x),
-            Activation::GeluTanh => {
+            Function::Silu => activation::silu(x),
+            Function::Gelu => activation::gelu(x),
+            Function::GeluTanh => {
                 let inner = (x.clone() + x.clone().powi_scalar(3) * 0.044_715) * 0.797_884_560_802_865_4;
                 x * 0.5 * (inner.tanh() + 1.0)
             }
-            Activation::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
+            Function::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
         }
     }
 
-    const KINDS: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu];
+    const KINDS: [Function; 4] = [Function::Silu, Function::Gelu, Function::GeluTanh, Function::QuickGelu];
 
     #[test]
     fn gradients_of_activations_and_products() {

@@ -1,0 +1,170 @@
+//! Attention as two products with a softmax between them: q, k, v -> mixed values.
+//!
+//! Scores are f32 and made for a few heads at a time, so that they stay small.
+
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::cubecl::{
+    self,
+    ir::ElemType,
+    prelude::{Tensor as Buffer, *},
+};
+
+use super::{cube, element, empty_like, matmul::product, tensor};
+
+/// Bytes of scores at once.
+const SCORE_BYTES: usize = 1 << 30;
+/// Keys are padded to a multiple of this, so that products read whole vectors of weights.
+const KEYS: usize = 64;
+/// Units that share a row of scores.
+const UNITS: usize = 256;
+/// Below any score, and finite: WGSL has no infinity.
+const LOWEST: f32 = -3.0e38;
+
+/// Mixes values by the softmax of the scores; `None` if the tensors are not for these kernels.
+///
+/// # Shapes
+/// - `q`: `[batch, heads, queries, width]`
+/// - `k`, `v`: `[batch, heads, keys, width]`
+/// - `bias`: `[1, heads, queries, keys]`
+pub(crate) fn attention(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    bias: Option<&Tensor<4>>,
+    scale: f64,
+    causal: bool,
+) -> Option<Tensor<4>> {
+    let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
+    cube(q)?;
+    let padded = keys.next_multiple_of(KEYS);
+    let (k, v) = (pad(k, padded), pad(v, padded));
+    let at_once = (SCORE_BYTES / (batch * queries * padded * size_of::<f32>())).clamp(1, heads);
+    let mut mixed = vec![];
+    for start in (0..heads).step_by(at_once) {
+        let count = at_once.min(heads - start);
+        let part = |x: &Tensor<4>| x.clone().narrow(1, start, count);
+        let scores = product(part(q), part(&k).swap_dims(2, 3), DType::F32)?;
+        let bias = bias.map(|bias| part(bias));
+        let weights = softmax(scores, bias, scale, keys, causal, q.dtype())?;
+        mixed.push(product(weights, part(&v), q.dtype())?);
+    }
+    Some(if mixed.len() == 1 { mixed.remove(0) } else { Tensor::cat(mixed, 1) })
+}
+
+/// Zeros after the last key.
+fn pad(x: &Tensor<4>, keys: usize) -> Tensor<4> {
+    let [batch, heads, found, width] = x.dims();
+    if found == keys {
+        return x.clone();
+    }
+    let zeros = Tensor::zeros([batch, heads, keys - found, width], (&x.device(), x.dtype()));
+    Tensor::cat(vec![x.clone(), zeros], 2)
+}
+
+/// Softmax of the first `keys` columns of `scale * scores + bias`, those that a query may see; zeros after them.
+fn softmax(
+    scores: Tensor<4>,
+    bias: Option<Tensor<4>>,
+    scale: f64,
+    keys: usize,
+    causal: bool,
+    dtype: DType,
+) -> Option<Tensor<4>> {
+    let [batch, heads, queries, padded] = scores.dims();
+    let (scores, scale) = match bias {
+        Some(bias) => (scores.narrow(3, 0, keys) * scale + bias.cast(DType::F32), 1.0),
+        None => (scores, scale),
+    };
+    let row = scores.dims()[3];
+    let scores = super::contiguous(&scores)?;
+    let output = empty_like(&scores, [batch, heads, queries, padded], dtype);
+    let (rows, across) = ((batch * heads * queries) as u32, 1 << 15);
+    softmax_kernel::launch(
+        &scores.client.clone(),
+        CubeCount::Static(rows.min(across), rows.div_ceil(across), 1),
+        CubeDim::new_1d(UNITS as u32),
+        scores.into_tensor_arg(),
+        output.clone().into_tensor_arg(),
+        rows as usize,
+        row,
+        padded,
+        keys,
+        queries,
+        scale as f32,
+        causal,
+        UNITS,
+        element(dtype)?,
+    );
+    Some(tensor(output))
+}
+
+#[cube(launch)]
+fn softmax_kernel<F: Float>(
+    scores: &Buffer<f32>,
+    output: &mut Buffer<F>,
+    rows: usize,
+    row_width: usize,
+    padded: usize,
+    keys: usize,
+    queries: usize,
+    scale: f32,
+    #[comptime] causal: bool,
+    #[comptime] units: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let row = CUBE_POS;
+    if row >= rows {
+        terminate!();
+    }
+    let unit = UNIT_POS as usize;
+    let mut visible = keys;
+    if causal {
+        visible = keys - queries + row % queries + 1;
+    }
+    let start = row * row_width;
+    let mut shared = Shared::<[f32]>::new_slice(units);
+    let mut largest = f32::new(LOWEST);
+    let mut column = unit;
+    while column < visible {
+        largest = max(largest, scores[start + column] * scale);
+        column += units;
+    }
+    shared[unit] = largest;
+    sync_cube();
+    let mut half = units.runtime() / 2;
+    while half > 0 {
+        if unit < half {
+            shared[unit] = max(shared[unit], shared[unit + half]);
+        }
+        half /= 2;
+        sync_cube();
+    }
+    let largest = shared[0];
+    sync_cube();
+    let mut sum = f32::new(0.0);
+    let mut column = unit;
+    while column < visible {
+        sum += (scores[start + column] * scale - largest).exp();
+        column += units;
+    }
+    shared[unit] = sum;
+    sync_cube();
+    let mut half = units.runtime() / 2;
+    while half > 0 {
+        if unit < half {
+            shared[unit] = shared[unit] + shared[unit + half];
+        }
+        half /= 2;
+        sync_cube();
+    }
+    let share = 1.0f32 / shared[0];
+    let mut column = unit;
+    while column < padded {
+        let mut weight = f32::new(0.0);
+        if column < visible {
+            weight = (scores[start + column] * scale - largest).exp() * share;
+        }
+        output[row * padded + column] = F::cast_from(weight);
+        column += units;
+    }
+}
