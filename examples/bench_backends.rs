@@ -42,7 +42,7 @@ use serde::{Deserialize, Serialize};
 
 use cli::write_whole;
 use models::Weights;
-use work::STAGES;
+use work::{RELEASED_MODELS, STAGES, Stage};
 
 /// Times the stages at middle sizes on every device and writes a table, a plot and JSON.
 #[derive(Parser)]
@@ -50,7 +50,7 @@ struct Args {
     /// Devices; all that are there if left out
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
-    /// Stages; all if left out
+    /// Stages; all but the models of the released size if left out
     #[arg(long, value_delimiter = ',')]
     stages: Vec<String>,
     /// Most runs of a stage
@@ -96,7 +96,11 @@ fn main() -> Result<()> {
     }
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let mut rows: Vec<Row> = Vec::new();
-    for stage in STAGES.iter().filter(|stage| args.stages.is_empty() || args.stages.iter().any(|s| s == stage.name)) {
+    let chosen = |stage: &&Stage| match &args.stages[..] {
+        [] => stage.group != RELEASED_MODELS,
+        names => names.iter().any(|name| name == stage.name),
+    };
+    for stage in STAGES.iter().filter(chosen) {
         let mut first: Option<Vec<f32>> = None;
         for device in &devices {
             match in_own_process(&args, stage.name, device) {

@@ -1,7 +1,8 @@
 //! How long does each stage take? `cargo bench --bench stages`; one group per stage.
 //!
 //! Random bf16 weights at a middle size, and single layers at the released size. The autoencoder at 512x512 takes long
-//! and runs only if asked for: `cargo bench --bench stages -- autoencoder_512`. `BURN_DEVICE=wgpu cargo bench --features wgpu`
+//! and models of the released size take tens of gigabytes; they run only if asked for, as in
+//! `cargo bench --bench stages -- autoencoder_512` or `-- released_models`. `BURN_DEVICE=wgpu cargo bench --features wgpu`
 //! measures another device of the build.
 #![allow(
     clippy::unwrap_used,
@@ -29,13 +30,13 @@ use nexus::{
 };
 
 use models::Weights;
-use work::{STAGES, Stage, Work};
+use work::{RELEASED_MODELS, STAGES, Stage, Work};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Takes long, so it runs only if its name is among the arguments.
-const ON_REQUEST: &str = "autoencoder_512";
+/// Take long or much memory, and run only if they are among the arguments.
+const ON_REQUEST: [&str; 2] = ["autoencoder_512", RELEASED_MODELS];
 
 fn data(criterion: &mut Criterion) {
     let processor = ImageProcessor::default();
@@ -47,9 +48,8 @@ fn data(criterion: &mut Criterion) {
 }
 
 fn stages(criterion: &mut Criterion) {
-    let on_request = std::env::args().any(|argument| argument.contains(ON_REQUEST));
     for Stage { group, name, load } in STAGES {
-        if *group == ON_REQUEST && !on_request {
+        if ON_REQUEST.contains(group) && !std::env::args().any(|argument| argument.contains(group)) {
             continue;
         }
         // Criterion calls this only for stages that its filter lets through; the weights are made at the first call.

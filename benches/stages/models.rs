@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, io, path::Path};
 
 use burn::{
     module::{Module, ModuleMapper, Param},
-    tensor::{DType, FloatDType, Tensor, TensorData},
+    tensor::{DType, Distribution, FloatDType, Tensor, TensorData},
 };
 use half::bf16;
 use nexus::{
@@ -20,7 +20,7 @@ use nexus::{
     diffusion::{
         Autoencoder, GenerationDecoder,
         config::{AutoencoderConfig, DiffusionConfig, DitConfig, MergerConfig, MergerVisionConfig},
-        transformer::{DoubleBlock, SingleBlock},
+        transformer::{Dit, DoubleBlock, SingleBlock},
         weights::{AUTOENCODER, FLUX1_DEV, GENERATION_DECODER},
     },
     vision_encoder::{VisionConfig, VisionEncoder},
@@ -149,6 +149,16 @@ impl Weights<'_> {
         self.fill(SingleBlock::new(dim, num_heads, &device()), SINGLE_BLOCK, &LAYER)
     }
 
+    /// The released language model, its random weights made on the device: 15 GB in bf16.
+    pub fn released_ar() -> ArModel {
+        ArModel::new(&ArConfig::released(), &device()).unwrap().map(&mut RandomOnDevice::new())
+    }
+
+    /// The released transformer, its random weights made on the device: 24 GB in bf16.
+    pub fn released_dit() -> Dit {
+        Dit::new(&DitConfig::default(), &device()).map(&mut RandomOnDevice::new())
+    }
+
     /// The language model in f32, with gradients.
     pub fn trained_ar(&self) -> ArModel {
         let model = ArModel::new(&ar_config(), &device().autodiff()).unwrap();
@@ -208,7 +218,51 @@ pub fn write(dir: &Path) -> Result<(), CheckpointError> {
     save_module(&weights.autoencoder(), &AUTOENCODER, &dir.join(AE), None)?;
     save_module(&weights.decoder_layer(), &LAYER, &dir.join(DECODER_LAYER), None)?;
     save_module(&weights.double_block(), &LAYER, &dir.join(DOUBLE_BLOCK), None)?;
-    save_module(&weights.single_block(), &LAYER, &dir.join(SINGLE_BLOCK), None)
+    save_module(&weights.single_block(), &LAYER, &dir.join(SINGLE_BLOCK), None)?;
+    write_released(&dir.join("released"));
+    Ok(())
+}
+
+/// What other programs need to make random weights of the released models: names, shapes, configurations.
+fn write_released(dir: &Path) {
+    fs::create_dir_all(dir).unwrap();
+    let save = |name: &str, value: serde_json::Value| fs::write(dir.join(name), value.to_string()).unwrap();
+    let shapes = |layout: Vec<(String, Vec<usize>)>| json!(layout.into_iter().collect::<HashMap<_, _>>());
+    let config = DiffusionConfig { dit: DitConfig::default(), ..diffusion_config() };
+    let mut dit = module_layout(&GenerationDecoder::new(&config, &device()), &GENERATION_DECODER);
+    dit.retain(|(name, _)| name.starts_with("pipe.dit."));
+    save("ar.json", shapes(module_layout(&ArModel::new(&ArConfig::released(), &device()).unwrap(), &nexus::ar::NAMES)));
+    save("dit.json", shapes(dit));
+    save("config.json", json!(ArConfig::released()));
+    save("decoder_config.json", json!(DitConfig::default()));
+}
+
+/// Gives every matrix values that keep the size of activations, made where they are used; vectors stay as they begin.
+struct RandomOnDevice {
+    dtype: DType,
+}
+
+impl RandomOnDevice {
+    fn new() -> Self {
+        let dtype = match Precision::of(&device()).weights {
+            LoadDType::Convert(dtype) => dtype.into(),
+            LoadDType::AsStored => DType::BF16,
+        };
+        Self { dtype }
+    }
+}
+
+impl ModuleMapper for RandomOnDevice {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (shape, device, id) = (param.lazy_shape(), param.lazy_device(), param.id);
+        let values = if D == 1 {
+            param.val()
+        } else {
+            let limit = (3.0 / shape.as_slice()[1..].iter().product::<usize>() as f64).sqrt();
+            Tensor::random(shape, Distribution::Uniform(-limit, limit), &device)
+        };
+        param.transform_for_load(values.cast(self.dtype), id)
+    }
 }
 
 /// Gives every parameter values and the dtype of the released files: matrices that keep the size of activations, and

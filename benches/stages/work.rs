@@ -26,8 +26,13 @@ pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
 /// Its thousandfold is the same in bf16, where the usual 3.5 acts as 3.504 in the original and here.
 const GUIDANCE: f64 = 2.0;
 
+/// The side of the released transformer's usual picture.
+const RELEASED: LatentSize = LatentSize { height: 128, width: 128 };
+
 /// Group of the stages whose weights take steps.
 pub const TRAINING: &str = "training";
+/// Group of the models of the released size, which take tens of gigabytes.
+pub const RELEASED_MODELS: &str = "released_models";
 
 /// Something that takes time.
 pub trait Work {
@@ -53,18 +58,18 @@ pub struct Stage {
     pub load: fn(Weights<'_>) -> Box<dyn Work>,
 }
 
-/// All stages, in the order of the pipeline, then training steps, then single layers of the released size.
+/// All stages, in the order of the pipeline, then training steps, then layers and models of the released size.
 pub const STAGES: &[Stage] = &[
-    Stage { group: "ar", name: "prefill_300", load: |weights| Text::boxed(weights, Passage::Prefill) },
-    Stage { group: "ar", name: "decode_token", load: |weights| Text::boxed(weights, Passage::Decode) },
-    Stage { group: "ar", name: "image_block_81", load: |weights| Text::boxed(weights, Passage::ImageBlock) },
+    Stage { group: "ar", name: "prefill_300", load: |weights| Text::boxed(weights.ar(), Passage::Prefill) },
+    Stage { group: "ar", name: "decode_token", load: |weights| Text::boxed(weights.ar(), Passage::Decode) },
+    Stage { group: "ar", name: "image_block_81", load: |weights| Text::boxed(weights.ar(), Passage::ImageBlock) },
     Stage { group: "vision_encoder", name: "vision_252", load: |weights| Vision::boxed(weights, GridThw::GENERATED) },
     Stage { group: "vision_encoder", name: "vision_504", load: |weights| Vision::boxed(weights, GridThw::REFERENCE) },
-    Stage { group: "diffusion", name: "dit_step_generation", load: |weights| Step::boxed(weights, None) },
+    Stage { group: "diffusion", name: "dit_step_generation", load: |weights| Step::middle(weights, None) },
     Stage {
         group: "diffusion",
         name: "dit_step_editing",
-        load: |weights| Step::boxed(weights, Some(GridThw::REFERENCE)),
+        load: |weights| Step::middle(weights, Some(GridThw::REFERENCE)),
     },
     Stage { group: "autoencoder", name: "ae_decode_256", load: |weights| Decode::boxed(weights, 32) },
     Stage { group: "autoencoder_512", name: "ae_decode_512", load: |weights| Decode::boxed(weights, 64) },
@@ -73,6 +78,27 @@ pub const STAGES: &[Stage] = &[
     Stage { group: "released_layers", name: "llm_layer_300", load: |weights| Box::new(Layer::new(weights)) },
     Stage { group: "released_layers", name: "dit_double_block", load: |weights| Box::new(Double::new(weights)) },
     Stage { group: "released_layers", name: "dit_single_block", load: |weights| Box::new(Single::new(weights)) },
+    Stage {
+        group: RELEASED_MODELS,
+        name: "released_prefill_300",
+        load: |_| Text::boxed(Weights::released_ar(), Passage::Prefill),
+    },
+    Stage {
+        group: RELEASED_MODELS,
+        name: "released_decode_token",
+        load: |_| Text::boxed(Weights::released_ar(), Passage::Decode),
+    },
+    Stage {
+        group: RELEASED_MODELS,
+        name: "released_image_block_81",
+        load: |_| Text::boxed(Weights::released_ar(), Passage::ImageBlock),
+    },
+    Stage {
+        group: RELEASED_MODELS,
+        name: "released_dit_step_1024",
+        load: |_| Step::boxed(Weights::released_dit(), &DitConfig::default(), RELEASED, None),
+    },
+    Stage { group: RELEASED_MODELS, name: "released_ae_decode_1024", load: |weights| Decode::boxed(weights, 128) },
 ];
 
 /// Waits for a result, which backends may compute lazily, and reads it.
@@ -98,8 +124,8 @@ struct Text {
 }
 
 impl Text {
-    fn boxed(weights: Weights<'_>, passage: Passage) -> Box<dyn Work> {
-        Box::new(Self { model: weights.ar(), cache: KvCache::new(), passage })
+    fn boxed(model: ArModel, passage: Passage) -> Box<dyn Work> {
+        Box::new(Self { model, cache: KvCache::new(), passage })
     }
 
     /// Feeds tokens; returns the scores after the last one.
@@ -174,22 +200,25 @@ struct Step {
 }
 
 impl Step {
+    fn middle(weights: Weights<'_>, reference: Option<GridThw>) -> Box<dyn Work> {
+        Self::boxed(weights.decoder().dit, &diffusion_config().dit, DRAWN, reference)
+    }
+
     /// Generation, or editing with a reference.
-    fn boxed(weights: Weights<'_>, reference: Option<GridThw>) -> Box<dyn Work> {
-        let config = diffusion_config().dit;
+    fn boxed(dit: Dit, config: &DitConfig, size: LatentSize, reference: Option<GridThw>) -> Box<dyn Work> {
         // The denoiser borrows the transformer, which lives as long as the process.
-        let dit: &'static Dit = &Box::leak(Box::new(weights.decoder())).dit;
+        let dit: &'static Dit = Box::leak(Box::new(dit));
         let text_ids = match reference {
             None => zero_text_ids(NUM_IMAGE_TOKENS),
-            Some(_) => editing_text_ids(GridThw::GENERATED, reference, DRAWN),
+            Some(_) => editing_text_ids(GridThw::GENERATED, reference, size),
         };
         let conditioning = Conditioning { embeds: ramp([1, text_ids.len(), config.context_dim], 1), text_ids };
         let positive = Branch { conditioning, pooled: ramp([1, config.pooled_dim], 2) };
         let options =
             DenoiseOptions { num_steps: 1, cfg_scale: 1.0, embedded_guidance: GUIDANCE, ..DenoiseOptions::default() };
-        let denoiser = Denoiser::new(dit, Branches { positive, negative: None }, DRAWN, &options).unwrap();
-        let noise = Noise::Latents(ramp([1, config.latent_channels(), DRAWN.height, DRAWN.width], 3));
-        let noise = noise.into_latents(config.latent_channels(), DRAWN, compute(), &device()).unwrap();
+        let denoiser = Denoiser::new(dit, Branches { positive, negative: None }, size, &options).unwrap();
+        let noise = Noise::Latents(ramp([1, config.latent_channels(), size.height, size.width], 3));
+        let noise = noise.into_latents(config.latent_channels(), size, compute(), &device()).unwrap();
         let start = denoiser.start(noise, None).unwrap();
         Box::new(Self { denoiser, start })
     }

@@ -24,17 +24,22 @@ import report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tools/bench"
-LAST_WRITTEN = "layers/single_block.safetensors"
+LAST_WRITTEN = "released/decoder_config.json"
+# Stages that take tens of gigabytes.
+RELEASED = "released_"
 
 
 def machine_clock():
-    """Seconds of processor time used by all, and by our finished children; wall time."""
+    """Seconds of time used by all of the cores that we may use, and by our finished children; wall time."""
     try:
-        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        cores = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
     except OSError:
         return None
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = [list(map(int, core[1:9])) for core in cores if core[0] in ours]
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    # All but idle and waiting.
+    used = sum(sum(core[:3]) + sum(core[5:]) for core in ticks) / os.sysconf("SC_CLK_TCK")
     return used, children.ru_utime + children.ru_stime, time.perf_counter()
 
 
@@ -59,37 +64,45 @@ def cargo(*arguments):
     return subprocess.run(["cargo", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def build():
+def build(devices):
     """Our program, and the folder for what is built."""
-    cargo("build", "--release", "--locked", "--package", "nexus", "--example", "bench_stage")
+    features = [device.split(":")[0] for device in devices if device != "cpu"]
+    features = ["--features", ",".join(features)] if features else []
+    cargo("build", "--release", "--locked", "--package", "nexus", "--example", "bench_stage", *features)
     target = Path(json.loads(cargo("metadata", "--format-version", "1", "--no-deps"))["target_directory"])
     return target / "release/examples/bench_stage", target
 
 
 def programs(arguments, nexus):
-    """Name -> command up to the name of the stage, and number of threads."""
+    """Name -> command up to the name of the stage, number of threads, and device of ours."""
     threads = arguments.threads
     torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(threads)]
-    commands = {
-        "nexus": ([str(nexus), "run"], threads),
-        "nexus bf16": ([str(nexus), "run", "--dtype", "bf16"], threads),
-        "torch f32": ([*torch, "--dtype", "f32"], threads),
-        "torch bf16": ([*torch, "--dtype", "bf16"], threads),
-    }
+    if arguments.devices == ["cpu"]:
+        commands = {
+            "nexus": ([str(nexus), "run"], threads, "cpu"),
+            "nexus bf16": ([str(nexus), "run", "--dtype", "bf16"], threads, "cpu"),
+        }
+    else:
+        torch += ["--device", "cuda"]
+        commands = {f"nexus {device}": ([str(nexus), "run"], threads, device) for device in arguments.devices}
+    commands["torch f32"] = ([*torch, "--dtype", "f32"], threads, None)
+    commands["torch bf16"] = ([*torch, "--dtype", "bf16"], threads, None)
     if arguments.without_bf16:
         commands = {name: command for name, command in commands.items() if "bf16" not in name}
     if arguments.candle:
-        commands["candle"] = ([str(arguments.candle)], threads)
+        commands["candle"] = ([str(arguments.candle)], threads, None)
     if arguments.one_thread:
-        commands["nexus, one thread"] = ([str(nexus), "run"], 1)
+        commands["nexus, one thread"] = ([str(nexus), "run"], 1, "cpu")
     return commands
 
 
-def measure(arguments, command, threads, stage, output):
+def measure(arguments, command, threads, device, stage, output):
     """One process: its line, with the cores that others used meanwhile; None if it has no such stage."""
     variables = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     # As .cargo/config.toml has it for what cargo runs.
     environment = os.environ | {name: str(threads) for name in variables} | {"MIMALLOC_PURGE_DELAY": "-1"}
+    if device:
+        environment["BURN_DEVICE"] = device
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
     command = [*command, stage, "--models", str(arguments.models), "--output", str(output), *limits]
     best = None
@@ -116,26 +129,32 @@ def compare(arguments, commands, stage):
     lines = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
-            for name, (command, threads) in commands.items():
-                line = measure(arguments, command, threads, stage, Path(folder) / "values")
+            for name, (command, threads, device) in commands.items():
+                line = measure(arguments, command, threads, device, stage, Path(folder) / "values")
                 if line is not None:
                     lines[name].append(line)
     reference = lines["torch f32"][0]["values"]
     for line in (line for lines in lines.values() for line in lines):
         values = line.pop("values")
-        same = values.shape == reference.shape
+        # Models of the released size have random weights of their own.
+        same = values.shape == reference.shape and not stage.startswith(RELEASED)
         line["distance"] = float(numpy.abs(values - reference).max() / numpy.abs(reference).max()) if same else None
     return {name: lines for name, lines in lines.items() if lines}
 
 
 def commit():
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(describe, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run(describe, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", help="names that `bench_stage list` prints; all without any")
+    help = "names that `bench_stage list` prints; without any all, on a CPU but the models of the released size"
+    parser.add_argument("stages", nargs="*", help=help)
+    help = "of ours, such as cuda,vulkan; PyTorch is on cuda for all but cpu"
+    parser.add_argument("--devices", type=lambda names: names.split(","), default=["cpu"], help=help)
+    parser.add_argument("--nexus", type=Path, help="bench_stage, built before; cargo builds it without this")
+    parser.add_argument("--commit", help="of that program; git says it without this")
     parser.add_argument("--docs", action="store_true", help="rewrite docs/performance.md and its plot")
     parser.add_argument("--models", type=Path, help="folder of the weights; written if it is not there")
     parser.add_argument("--results", type=Path, help="JSON file to add results to, for runs in several goes")
@@ -155,12 +174,14 @@ def main():
     if arguments.results and arguments.results.exists():
         results = json.loads(arguments.results.read_text())
     if not arguments.report_only:
-        measured = commit()
-        nexus, target = build()
+        measured = arguments.commit or commit()
+        nexus, target = (arguments.nexus.resolve(), ROOT / "target") if arguments.nexus else build(arguments.devices)
         arguments.models = arguments.models or target / "bench-models"
         if not (arguments.models / LAST_WRITTEN).exists():
             subprocess.run([nexus, "write", arguments.models], check=True)
         names = subprocess.run([nexus, "list"], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+        if arguments.devices == ["cpu"]:
+            names = [name for name in names if name in arguments.stages or not name.startswith(RELEASED)]
         commands = programs(arguments, nexus)
         for stage in arguments.stages or names:
             lines = compare(arguments, commands, stage)
@@ -168,7 +189,7 @@ def main():
                 line["commit"] = measured
             results["stages"][stage] = lines
             print(report.summary(stage, lines), flush=True)
-            results |= {"threads": arguments.threads, "machine": report.machine()}
+            results |= {"threads": arguments.threads, "machine": report.machine(lines)}
             results["stages"] = {name: results["stages"][name] for name in names if name in results["stages"]}
             if arguments.results:
                 arguments.results.write_text(json.dumps(results, indent=1))

@@ -15,8 +15,15 @@ PAIRS = (
     ("nexus bf16", "torch bf16"),
     ("nexus", "candle"),
     ("nexus", "nexus, one thread"),
+    ("nexus cuda", "torch bf16"),
+    ("nexus vulkan", "torch bf16"),
 )
-PLOTTED = {("nexus", "torch f32"): "#4878a8", ("nexus bf16", "torch bf16"): "#d9822b"}
+PLOTTED = {
+    ("nexus", "torch f32"): "#4878a8",
+    ("nexus bf16", "torch bf16"): "#d9822b",
+    ("nexus cuda", "torch bf16"): "#4878a8",
+    ("nexus vulkan", "torch bf16"): "#d9822b",
+}
 LABELS = {
     "prefill_300": "prefill, 300 tokens",
     "decode_token": "one token after 300",
@@ -32,6 +39,11 @@ LABELS = {
     "llm_layer_300": "released language-model layer, 300 tokens",
     "dit_double_block": "released double block, 1024 + 81 tokens",
     "dit_single_block": "released single block, 1024 + 81 tokens",
+    "released_prefill_300": "released language model, 300 tokens",
+    "released_decode_token": "released language model, one token",
+    "released_image_block_81": "released language model, 81 image embeddings",
+    "released_dit_step_1024": "released transformer, step 1024x1024",
+    "released_ae_decode_1024": "autoencoder decode, 1024x1024",
 }
 
 
@@ -63,6 +75,11 @@ def words(pair):
     return f"to {theirs}" if ours == "nexus" else f"{ours} to {theirs}"
 
 
+def ours_and_rounded(names):
+    """Programs whose results are compared with those of PyTorch in f32."""
+    return [name for name in names if name.startswith("nexus") and "thread" not in name or name == "torch bf16"]
+
+
 def duration(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
@@ -75,7 +92,13 @@ def programs(results):
 def summary(stage, lines):
     parts = [f"{name} {duration(statistics.median(times(of)))}" for name, of in lines.items()]
     ratios = [f"{ratio(lines, pair):.2f} {words(pair)}" for pair in pairs(lines)]
-    return f"{stage}: {', '.join(parts)}; ratio {', '.join(ratios)}; difference {lines['nexus'][0]['distance']:.1e}"
+    distances = [f"{name} {distance(lines[name])}" for name in ours_and_rounded(lines)]
+    return f"{stage}: {', '.join(parts)}; ratio {', '.join(ratios)}; difference {', '.join(distances)}"
+
+
+def distance(lines):
+    known = lines[0]["distance"]
+    return "" if known is None else f"{known:.0e}"
 
 
 def row(cells):
@@ -98,7 +121,7 @@ def ratio_cell(lines, pair):
 def tables(results):
     names = programs(results)
     compared = pairs(names)
-    rounded = [name for name in names if name.endswith("bf16")]
+    differing = ours_and_rounded(names)
 
     def of(lines, name, show):
         return show(lines[name]) if name in lines else ""
@@ -110,11 +133,13 @@ def tables(results):
         [LABELS.get(stage, stage)]
         + [of(lines, name, spread) for name in names]
         + [ratio_cell(lines, pair) for pair in compared]
-        + [of(lines, name, lambda of: f"{of[0]['distance']:.0e}") for name in ("nexus", *rounded)]
+        + [of(lines, name, distance) for name in differing]
         for stage, lines in results["stages"].items()
     ]
 
     def memory(lines):
+        if lines[0].get("device_bytes") is not None:
+            return f"{median(lines, 'device_bytes') / 2**20:.0f} MiB"
         if lines[0]["peak_bytes"] is None:
             return ""
         return f"{(median(lines, 'peak_bytes') - median(lines, 'start_bytes')) / 2**20:.0f} MiB"
@@ -125,26 +150,27 @@ def tables(results):
         + [of(lines, name, lambda of: duration(median(of, "load_seconds"))) for name in names]
         for stage, lines in results["stages"].items()
     ]
-    differences = (f"difference, {name}" for name in ("nexus", *rounded))
+    differences = (f"difference, {name}" for name in differing)
     speed_head = ["stage", *names, *(f"ratio {words(pair)}" for pair in compared), *differences]
     space_head = ["stage", *(f"peak, {name}" for name in names), *(f"loading, {name}" for name in names)]
     return f"{table(speed_head, speed)}\n\n{table(space_head, space)}"
 
 
 def level(results):
-    """What the processor of the machine can do; the page has a block of tables for each."""
-    return results["machine"].split(", ")[1]
+    """The GPU, or what the processor can do; the page has a block of tables for each."""
+    return results["machine"].split(", ")[-1]
 
 
-def machine():
-    """The processor in words."""
+def machine(lines):
+    """The processor in words, and the GPU where PyTorch ran on one."""
     try:
         flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line).split())
     except (OSError, StopIteration):
         flags = set()
     names = [("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 with bf16"), ("avx512f", "AVX-512"), ("avx2", "AVX2")]
-    found = [name for flag, name in names if flag in flags][: 2 if "amx_bf16" in flags else 1]
-    return f"{len(os.sched_getaffinity(0))} cores" + "".join(f", {name}" for name in found)
+    found = [name for flag, name in names if flag in flags][:1]
+    gpus = [line["device"] for lines in lines.values() for line in lines if line.get("device")][:1]
+    return ", ".join([f"{len(os.sched_getaffinity(0))} cores", *found, *gpus])
 
 
 def measured(results):

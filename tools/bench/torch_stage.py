@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -36,8 +37,18 @@ class Stage:
 
     def load(self, name, prefix=""):
         """Tensors of a file in memory of their own, as modules hold them after `load_state_dict`."""
-        tensors = load_file(self.folder / name)
+        tensors = load_file(self.folder / name, device=str(torch.get_default_device()))
         return Weights({k: v.to(self.dtype, copy=True) for k, v in tensors.items() if k.startswith(prefix)}, prefix)
+
+    def random(self, name, prefix=""):
+        """Weights made on the device, of the names and shapes that a file lists."""
+        tensors = {}
+        for tensor, shape in self.json(name).items():
+            limit = math.sqrt(3 / math.prod(shape[1:]))
+            ones = torch.ones if tensor.endswith(".weight") else torch.zeros
+            made = torch.empty(shape, dtype=self.dtype).uniform_(-limit, limit) if len(shape) > 1 else ones(shape)
+            tensors[tensor] = made.to(self.dtype)
+        return Weights(tensors, prefix)
 
     def json(self, name):
         return json.loads((self.folder / name).read_text())
@@ -50,10 +61,13 @@ class Stage:
 
 
 class Text(Stage):
-    def __init__(self, folder, dtype):
+    def __init__(self, folder, dtype, released=False):
         super().__init__(folder, dtype)
-        self.weights = self.load("Nexus-GenV2/model-00002-of-00002.safetensors")
-        self.config = models.TextConfig(self.json("Nexus-GenV2/config.json"))
+        if released:
+            self.weights, config = self.random("released/ar.json"), "released/config.json"
+        else:
+            self.weights, config = self.load("Nexus-GenV2/model-00002-of-00002.safetensors"), "Nexus-GenV2/config.json"
+        self.config = models.TextConfig(self.json(config))
 
     def forward(self, embeds, positions):
         return models.text_model(self.weights, self.config, embeds, positions, self.cache)
@@ -107,21 +121,25 @@ class Vision(Stage):
         return models.vision_model(self.weights, self.config, self.patches)
 
 
-def image_positions():
-    place = torch.arange(LATENTS * LATENTS // 4)
-    return torch.stack((torch.zeros_like(place), place // (LATENTS // 2), place % (LATENTS // 2)), 1)
+def image_positions(side=LATENTS):
+    place = torch.arange(side * side // 4)
+    return torch.stack((torch.zeros_like(place), place // (side // 2), place % (side // 2)), 1)
 
 
 class Step(Stage):
-    def __init__(self, folder, dtype, text_positions):
+    def __init__(self, folder, dtype, text_positions, released=False):
         super().__init__(folder, dtype)
-        self.weights = self.load("Nexus-GenV2/generation_decoder.safetensors", "pipe.dit.")
-        self.config = self.json("Nexus-GenV2/decoder_config.json")
+        if released:
+            self.weights, config, side = self.random("released/dit.json", "pipe.dit."), "released/decoder_config.json", 2 * LATENTS
+        else:
+            self.weights = self.load("Nexus-GenV2/generation_decoder.safetensors", "pipe.dit.")
+            config, side = "Nexus-GenV2/decoder_config.json", LATENTS
+        self.config = self.json(config)
         embeds = self.input((len(text_positions), self.config["context_dim"]), 1)
         self.text = self.weights.linear("context_embedder", embeds)
-        positions = torch.cat((text_positions, image_positions())).to(dtype)
+        positions = torch.cat((text_positions, image_positions(side))).to(dtype)
         self.rotary = models.dit_rotary(self.config["axes_dim"], positions)
-        self.pooled, self.latents = self.input((1, 768), 2), self.input((16, LATENTS, LATENTS), 3)
+        self.pooled, self.latents = self.input((1, 768), 2), self.input((16, side, side), 3)
 
     def run(self):
         inputs = self.latents, self.text, self.pooled, 1000.0, 2.0, self.rotary
@@ -269,6 +287,11 @@ STAGES = {
     "llm_layer_300": LlmLayer,
     "dit_double_block": lambda *place: DoubleBlock(*place, "double_block"),
     "dit_single_block": lambda *place: SingleBlock(*place, "single_block"),
+    "released_prefill_300": lambda *place: Prefill(*place, released=True),
+    "released_decode_token": lambda *place: Decode(*place, released=True),
+    "released_image_block_81": lambda *place: ImageBlock(*place, released=True),
+    "released_dit_step_1024": lambda *place: Step(*place, torch.zeros(IMAGE, 3), released=True),
+    "released_ae_decode_1024": lambda *place: Draw(*place, 128),
 }
 
 
@@ -285,12 +308,16 @@ def main():
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--models", type=Path, required=True, help="folder that `bench_stage write` made")
     parser.add_argument("--dtype", choices=("f32", "bf16"), required=True, help="of weights and activations")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--runs", type=int, default=5, help="most runs")
     parser.add_argument("--seconds", type=float, default=10, help="no new run after this many seconds")
     parser.add_argument("--output", type=Path, help="where to write what the stage computed: little-endian f32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
+    # What is called f32 is f32.
+    torch.backends.cudnn.allow_tf32 = False
     with torch.inference_mode(not arguments.stage.endswith("training_step")):
         measure(arguments)
 
@@ -300,16 +327,19 @@ def measure(arguments):
     stage = STAGES[arguments.stage](arguments.models, {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype])
     load_seconds = time.perf_counter() - start
     stage.prepare()
-    values = stage.run()
+    values = stage.run().float().cpu()
     times, begin = [], time.perf_counter()
     while not times or (len(times) < arguments.runs and time.perf_counter() - begin < arguments.seconds):
         stage.prepare()
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        stage.run()
+        # Ours reads what it computed, too.
+        stage.run().float().cpu()
         times.append((time.perf_counter() - start) / stage.parts)
     peak = peak_bytes()
     if arguments.output:
-        arguments.output.write_bytes(values.float().contiguous().numpy().astype("<f4").tobytes())
+        arguments.output.write_bytes(values.detach().contiguous().numpy().astype("<f4").tobytes())
     line = {
         "stage": arguments.stage,
         "program": "torch " + torch.__version__,
@@ -322,6 +352,8 @@ def measure(arguments):
         "load_seconds": load_seconds,
         "start_bytes": start_bytes,
         "peak_bytes": peak,
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "device_bytes": torch.cuda.max_memory_reserved() if arguments.device == "cuda" else None,
     }
     print(json.dumps(line))
 
