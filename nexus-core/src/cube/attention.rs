@@ -9,7 +9,7 @@ use burn_cubecl::cubecl::{
     prelude::{Tensor as Buffer, *},
 };
 
-use super::{cube, element, empty_like, matmul::product, tensor};
+use super::{cube, element, empty_like, matmul::product, norm::cube_sum, tensor};
 
 /// Bytes of scores at once.
 const SCORE_BYTES: usize = 1 << 30;
@@ -44,7 +44,7 @@ pub(crate) fn attention(
         let count = at_once.min(heads - start);
         let part = |x: &Tensor<4>| x.clone().narrow(1, start, count);
         let scores = product(part(q), part(&k).swap_dims(2, 3), DType::F32)?;
-        let bias = bias.map(|bias| part(bias));
+        let bias = bias.map(part);
         let weights = softmax(scores, bias, scale, keys, causal, q.dtype())?;
         mixed.push(product(weights, part(&v), q.dtype())?);
     }
@@ -140,24 +140,13 @@ fn softmax_kernel<F: Float>(
         sync_cube();
     }
     let largest = shared[0];
-    sync_cube();
     let mut sum = f32::new(0.0);
     let mut column = unit;
     while column < visible {
         sum += (scores[start + column] * scale - largest).exp();
         column += units;
     }
-    shared[unit] = sum;
-    sync_cube();
-    let mut half = units.runtime() / 2;
-    while half > 0 {
-        if unit < half {
-            shared[unit] = shared[unit] + shared[unit + half];
-        }
-        half /= 2;
-        sync_cube();
-    }
-    let share = 1.0f32 / shared[0];
+    let share = 1.0f32 / cube_sum(sum, &mut shared, units);
     let mut column = unit;
     while column < padded {
         let mut weight = f32::new(0.0);

@@ -10,6 +10,9 @@ use burn_cubecl::cubecl::{
 use super::{contiguous, cube, element, empty_like, rows::Rows, tensor};
 use crate::nn::Function;
 
+/// Of the tanh approximation of GELU.
+const MINUS_TWO_SQRT_2_OVER_PI: f32 = -1.595_769_121_605_730_7_f64 as f32;
+
 /// The function of every value; gives the tensor back if it is not for these kernels.
 pub(crate) fn activate<const D: usize>(function: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
     run(function, &x, None).ok_or(x)
@@ -96,7 +99,7 @@ fn activated<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vect
         Function::Gelu => x * Vector::new(0.5f32) * (one + (x * Vector::new(0.707_106_77f32)).erf()),
         // tanh written with an exponential that overflows to the right limit.
         Function::GeluTanh => {
-            let inner = (x + x * x * x * Vector::new(0.044715f32)) * Vector::new(-1.595_769_1f32);
+            let inner = (x + x * x * x * Vector::new(0.044715f32)) * Vector::new(MINUS_TWO_SQRT_2_OVER_PI);
             x / (one + inner.exp())
         }
         Function::QuickGelu => x / (one + (x * Vector::new(-1.702f32)).exp()),

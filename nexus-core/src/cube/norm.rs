@@ -155,7 +155,7 @@ fn norm_kernel<F: Float, W: Float, N: Size>(
 
 /// The sum of what the units of a cube have, for each of them.
 #[cube]
-fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: usize) -> f32 {
+pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: usize) -> f32 {
     let unit = UNIT_POS as usize;
     sync_cube();
     shared[unit] = value;
@@ -163,7 +163,8 @@ fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: usize) ->
     let mut half = units.runtime() / 2;
     while half > 0 {
         if unit < half {
-            shared[unit] = shared[unit] + shared[unit + half];
+            let other = shared[unit + half];
+            shared[unit] += other;
         }
         half /= 2;
         sync_cube();
