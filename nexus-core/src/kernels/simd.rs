@@ -44,6 +44,22 @@ pub(crate) trait Simd: Copy {
     /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
     unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self;
 
+    /// Rounds lanes to bf16 and writes them, unaligned.
+    ///
+    /// # Safety
+    /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16) {
+        let mut lanes = [0.0; 16];
+        // SAFETY: no level has more than 16 lanes; the caller vouches for the pointer.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (lane, value) in lanes.iter().enumerate().take(Self::LANES) {
+                to.add(lane).write_unaligned(bf16::from_f32(*value));
+            }
+        }
+    }
+
     /// Writes eight rows of eight elements, unaligned, as columns, which begin `stride` elements apart.
     ///
     /// # Safety
@@ -361,6 +377,10 @@ mod x86 {
                 let pairs = |lanes: __m512| std::mem::transmute::<__m512, __m512bh>(lanes);
                 Self(_mm512_dpbf16_ps(addend.0, pairs(self.0), pairs(factors.0)))
             }
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, to: *mut bf16) {
+            unsafe { to.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(self.0)) }
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {

@@ -9,16 +9,17 @@ mod tile;
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
-use self::tile::{KEYS, ROWS, Rows, Scratch, Shape, Tile};
+use self::tile::{KEYS, Operand, ROWS, Rows, Scratch, Shape, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::{
-    Floats, Level,
+    Floats, Level, View,
     simd::{Portable, Simd},
-    wrap_as,
+    wrap, wrap_as,
 };
 use crate::nn::{Attention, Visibility};
 
@@ -27,7 +28,10 @@ const TASK_ELEMENTS: usize = 65_536;
 /// A task of fewer rows would pack more than it computes.
 const MIN_TASK_ROWS: usize = 48;
 
-/// Attention in f32, or `None` if the tensors are not floats on the CPU or their shapes ask for what is not supported.
+/// Attention, or `None` if the tensors are not floats on the CPU or their shapes ask for what is not supported.
+///
+/// Sums and the softmax are of f32. bf16 is multiplied as such where the CPU does that, with weights rounded to bf16; all
+/// else is widened.
 ///
 /// # Shapes
 /// As [`crate::nn::attention`]
@@ -36,16 +40,12 @@ pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &A
     if super::tracked::is_autodiff(q) {
         return super::tracked::attention(q, k, v, options);
     }
-    attention_at(Level::detect(), q, k, v, options)
+    let level = Level::detect();
+    attention_at(level, level.multiplies_bf16(), [q, k, v], options)
 }
 
-fn attention_at(
-    level: Level,
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
-    options: &Attention<'_>,
-) -> Option<Tensor<3>> {
+/// [`attention`] with the instructions of `level`, which multiplies bf16 as `pairs` says.
+fn attention_at(level: Level, pairs: bool, [q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>) -> Option<Tensor<3>> {
     let [batch, queries, heads, head_dim] = q.dims();
     let [_, keys, kv_heads, _] = k.dims();
     let fits = k.dims() == v.dims() && k.dims() == [batch, keys, kv_heads, head_dim];
@@ -66,27 +66,28 @@ fn attention_at(
             (covered.then(|| bounds.windows(2).map(segment).collect())?, None)
         }
     };
-    let dtype = q.dtype();
-    let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
     let bias = match &options.bias {
         Some(bias) => Some(Rowwise::of(bias)?),
         None => None,
     };
     let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-    let call = Call {
-        q: q.rows(),
-        k: k.rows(),
-        v: v.rows(),
+    let shared = Shared {
         bias: bias.as_ref().map(Rowwise::rows),
         scale: (scale * std::f64::consts::LOG2_E) as f32,
         past,
         group: heads / kv_heads,
     };
-    let tasks = call.tasks(batch, kv_heads, &spans);
-    Some(wrap_as(dtype, call.run(&tasks, level), [batch, queries, heads * head_dim]))
+    let (dtype, shape) = (q.dtype(), [batch, queries, heads * head_dim]);
+    let bf16 = [q, k, v].iter().all(|tensor| tensor.dtype() == DType::BF16) && head_dim.is_multiple_of(bf16::PER_LANE);
+    if bf16 && pairs {
+        let (q, k, v) = (Halves::of(q)?, Halves::of(k)?, Halves::of(v)?);
+        return Some(wrap(Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level), shape));
+    }
+    let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
+    Some(wrap_as(dtype, Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level), shape))
 }
 
-/// A tensor whose last dimension lies in one piece.
+/// A tensor, widened, whose last dimension lies in one piece.
 pub(super) struct Rowwise {
     floats: Floats,
     dims: [usize; 4],
@@ -95,46 +96,72 @@ pub(super) struct Rowwise {
 impl Rowwise {
     pub(super) fn of(tensor: &Tensor<4>) -> Option<Self> {
         let floats = Floats::of(tensor)?;
-        let strides = floats.strides();
-        let in_place = strides[3] == 1 && strides.iter().all(|&stride| stride >= 0);
-        let floats = if in_place { floats } else { floats.into_contiguous() };
+        let floats = if has_rows(floats.strides()) { floats } else { floats.into_contiguous() };
         Some(Self { floats, dims: tensor.dims() })
     }
 
     pub(super) fn rows(&self) -> Strided<'_> {
-        let strides = self.floats.strides();
-        Strided {
-            values: self.floats.values(),
-            dims: self.dims,
-            strides: [strides[0] as usize, strides[1] as usize, strides[2] as usize],
-        }
+        Strided::new(self.floats.values(), self.dims, self.floats.strides())
     }
+}
+
+/// A tensor of bf16 whose last dimension lies in one piece.
+struct Halves {
+    view: View,
+    dims: [usize; 4],
+}
+
+impl Halves {
+    fn of(tensor: &Tensor<4>) -> Option<Self> {
+        let view = View::of(tensor)?;
+        let view = if has_rows(view.strides()) { view } else { view.into_contiguous() };
+        Some(Self { view, dims: tensor.dims() })
+    }
+
+    fn rows(&self) -> Strided<'_, bf16> {
+        Strided::new(self.view.values(), self.dims, self.view.strides())
+    }
+}
+
+/// Whether neighbours along the last dimension are neighbours, and nothing lies backwards.
+fn has_rows(strides: &[isize]) -> bool {
+    strides[3] == 1 && strides.iter().all(|&stride| stride >= 0)
 }
 
 /// Rows of a tensor of four dimensions.
 #[derive(Clone, Copy)]
-pub(super) struct Strided<'a> {
-    values: &'a [f32],
+pub(super) struct Strided<'a, E = f32> {
+    values: &'a [E],
     pub(super) dims: [usize; 4],
     strides: [usize; 3],
 }
 
-impl<'a> Strided<'a> {
+impl<'a, E> Strided<'a, E> {
+    fn new(values: &'a [E], dims: [usize; 4], strides: &[isize]) -> Self {
+        Self { values, dims, strides: std::array::from_fn(|dim| strides[dim] as usize) }
+    }
+
     #[inline(always)]
-    pub(super) fn row(&self, index: [usize; 3]) -> &'a [f32] {
+    pub(super) fn row(&self, index: [usize; 3]) -> &'a [E] {
         let start: usize = index.iter().zip(self.strides).map(|(index, stride)| index * stride).sum();
         &self.values[start..start + self.dims[3]]
     }
 }
 
 /// Inputs of one call.
-struct Call<'a> {
+struct Call<'a, E> {
     /// `[batch, queries, heads, head_dim]`.
-    q: Strided<'a>,
+    q: Strided<'a, E>,
     /// `[batch, keys, kv_heads, head_dim]`.
-    k: Strided<'a>,
+    k: Strided<'a, E>,
     /// `[batch, keys, kv_heads, head_dim]`.
-    v: Strided<'a>,
+    v: Strided<'a, E>,
+    shared: Shared<'a>,
+}
+
+/// What does not depend on how values are stored.
+#[derive(Clone, Copy)]
+struct Shared<'a> {
     /// `[1, heads, queries, keys]`.
     bias: Option<Strided<'a>>,
     /// Factor of the scores times log2(e).
@@ -155,11 +182,11 @@ struct Task {
     keys: Range<usize>,
 }
 
-impl Call<'_> {
-    fn tasks(&self, batch: usize, kv_heads: usize, spans: &[(Range<usize>, Range<usize>)]) -> Vec<Task> {
-        let [_, queries, heads, head_dim] = self.q.dims;
+impl<E: Operand> Call<'_, E> {
+    fn tasks(&self, spans: &[(Range<usize>, Range<usize>)]) -> Vec<Task> {
+        let ([batch, queries, heads, head_dim], [_, _, kv_heads, _]) = (self.q.dims, self.k.dims);
         let fair = (batch * queries * heads).div_ceil(4 * rayon::current_num_threads());
-        let most = (TASK_ELEMENTS / head_dim).min(fair).max(MIN_TASK_ROWS).div_ceil(self.group);
+        let most = (TASK_ELEMENTS / head_dim).min(fair).max(MIN_TASK_ROWS).div_ceil(self.shared.group);
         let mut tasks = vec![];
         for (batch, kv_head) in (0..batch).flat_map(|batch| (0..kv_heads).map(move |kv_head| (batch, kv_head))) {
             for (queries, keys) in spans.iter().filter(|(queries, _)| !queries.is_empty()) {
@@ -174,81 +201,98 @@ impl Call<'_> {
         tasks
     }
 
-    fn run(&self, tasks: &[Task], level: Level) -> Vec<f32> {
-        let mut values = vec![0.0; self.q.dims.iter().product()];
+    fn run(&self, spans: &[(Range<usize>, Range<usize>)], level: Level) -> Vec<E> {
+        let mut values = vec![E::default(); self.q.dims.iter().product()];
         let output = Output { to: values.as_mut_ptr(), rows: self.q.dims[..3].iter().product(), len: self.q.dims[3] };
-        tasks.par_iter().for_each_init(Vec::new, |scratch, task| match level {
+        self.tasks(spans).par_iter().for_each_init(Vec::new, |scratch, task| match level {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            Level::Avx512 => unsafe { self.avx512(task, scratch, &output) },
+            // SAFETY: levels come from `Level::detect`, and only pairs of bf16 need more.
+            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, scratch, &output) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Level::Avx2 => unsafe { self.avx2(task, scratch, &output) },
+            // SAFETY: the CPU has just been asked for it.
+            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, scratch, &output) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level is in the other.
+            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, scratch, &output) },
             // SAFETY: every CPU has what this needs.
-            _ => unsafe { self.block::<Portable, 1>(task, scratch, &output) },
+            _ => unsafe { self.block::<Portable, 1>(task, scratch, &output, level) },
         });
         values
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
+    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx2, 2>(task, scratch, output) }
+        unsafe { self.block::<Avx2, 2>(task, scratch, output, Level::Avx2) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
+    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx512, 4>(task, scratch, output) }
+        unsafe { self.block::<Avx512, 4>(task, scratch, output, Level::Avx512) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn avx512_bf16(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
+        // SAFETY: this function has the instructions.
+        unsafe { self.block::<Avx512, 4>(task, scratch, output, Level::Avx512) }
     }
 
     /// One task, with register tiles of [`ROWS`] rows by `C` vectors.
     ///
     /// # Safety
-    /// The CPU has the instructions of `S`.
+    /// The CPU has the instructions of `S` and of `level`, and what [`Operand`] asks for.
     #[inline(always)]
-    unsafe fn block<S: Simd, const C: usize>(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output) {
-        let head_dim = self.q.dims[3];
-        let shape = Shape { head_dim, padded_dim: head_dim.next_multiple_of(S::LANES), panel: C * S::LANES };
-        let rows = task.queries.len() * self.group;
+    unsafe fn block<S: Simd, const C: usize>(
+        &self,
+        task: &Task,
+        scratch: &mut Vec<f32>,
+        output: &Output<E>,
+        level: Level,
+    ) {
+        let (head_dim, Shared { scale, past, group, .. }) = (self.q.dims[3], self.shared);
+        let (lanes, padded_dim) = (head_dim / E::PER_LANE, head_dim.next_multiple_of(S::LANES));
+        let shape = Shape { lanes, padded_dim, panel: C * S::LANES };
+        let rows = task.queries.len() * group;
         let Scratch { queries, keys, values, scores, largest, total, mixed } = Scratch::new(scratch, shape, rows);
         self.pack_queries(task, queries);
         largest.fill(f32::MIN);
         total.fill(0.0);
         mixed.fill(0.0);
-        let seen = |query: usize| self.past.map_or(task.keys.end, |past| task.keys.end.min(past + query + 1));
+        let seen = |query: usize| past.map_or(task.keys.end, |past| task.keys.end.min(past + query + 1));
         for start in (task.keys.start..seen(task.queries.end - 1)).step_by(KEYS) {
             let count = KEYS.min(seen(task.queries.end - 1) - start);
             let key = |index: usize| self.k.row([task.batch, start + index, task.kv_head]);
             // SAFETY: the caller's condition.
-            unsafe { tile::pack_keys::<S>(shape, count, key, keys) };
+            unsafe { tile::pack_keys::<S, E>(shape, count, key, keys) };
             self.pack_values(task, start..start + count, shape, values);
             let tile = Tile { keys, values };
             for first in (0..rows).step_by(ROWS) {
                 let live = ROWS.min(rows - first);
-                let query = |row: usize| task.queries.start + (first + row.min(live - 1)) / self.group;
+                let query = |row: usize| task.queries.start + (first + row.min(live - 1)) / group;
                 let visible = std::array::from_fn(|row| seen(query(row)).saturating_sub(start).min(count));
                 let most = visible[live - 1];
                 if most == 0 {
                     continue;
                 }
                 let mut rows = Rows {
-                    queries: &queries[first * head_dim..][..live * head_dim],
+                    queries: &queries[first * lanes..][..live * lanes],
                     largest: &mut largest[first..first + live],
                     total: &mut total[first..first + live],
-                    mixed: &mut mixed[first * shape.padded_dim..][..live * shape.padded_dim],
+                    mixed: &mut mixed[first * padded_dim..][..live * padded_dim],
                 };
                 let add_bias = |scores: &mut [f32]| self.add_bias(task, first, &visible[..live], start, scores);
                 macro_rules! step {
                     ($($count:literal)*) => {
                         match live {
                             $($count => {
-                                tile::scores::<S, C, $count>(shape, rows.queries, tile, most, scores);
+                                tile::scores::<S, E, C, $count>(shape, rows.queries, tile, most, scale, scores);
                                 add_bias(scores);
-                                let factors = tile::softmax::<S, $count>(&mut rows, scores, &visible, most);
-                                tile::mix::<S, C, $count>(shape, scores, &factors, tile, most, rows.mixed);
+                                let factors = tile::softmax::<S, E, $count>(&mut rows, scores, &visible, most);
+                                tile::mix::<S, E, C, $count>(shape, scores, &factors, tile, most, rows.mixed);
                             })*
                             _ => unreachable!("no more than {ROWS} rows"),
                         }
@@ -258,35 +302,36 @@ impl Call<'_> {
                 unsafe { step!(1 2 3 4 5 6) };
             }
         }
-        for (row, (mixed, total)) in mixed.chunks(shape.padded_dim).zip(total.iter()).enumerate() {
-            let (query, head) = (task.queries.start + row / self.group, task.kv_head * self.group + row % self.group);
+        for (row, (mixed, total)) in mixed.chunks_mut(padded_dim).zip(total.iter()).enumerate() {
+            let (query, head) = (task.queries.start + row / group, task.kv_head * group + row % group);
             let index = (task.batch * self.q.dims[1] + query) * self.q.dims[2] + head;
             // SAFETY: no two tasks have the same query in the same head.
-            unsafe { output.write(index, mixed, *total) };
+            unsafe { output.write(level, index, mixed, *total) };
         }
     }
 
     /// See [`Rows::queries`].
     #[inline(always)]
     fn pack_queries(&self, task: &Task, packed: &mut [f32]) {
-        let heads = task.kv_head * self.group..(task.kv_head + 1) * self.group;
+        let group = self.shared.group;
+        let heads = task.kv_head * group..(task.kv_head + 1) * group;
         let rows = task.queries.clone().flat_map(|query| heads.clone().map(move |head| [task.batch, query, head]));
-        for (packed, index) in packed.chunks_mut(self.q.dims[3]).zip(rows) {
-            for (packed, value) in packed.iter_mut().zip(self.q.row(index)) {
-                *packed = value * self.scale;
-            }
+        for (packed, index) in packed.chunks_mut(self.q.dims[3] / E::PER_LANE).zip(rows) {
+            E::pack(self.q.row(index), packed);
         }
     }
 
     /// See [`Tile::values`].
     #[inline(always)]
     fn pack_values(&self, task: &Task, keys: Range<usize>, shape: Shape, packed: &mut [f32]) {
-        for (index, key) in keys.enumerate() {
-            let row = self.v.row([task.batch, key, task.kv_head]);
-            for (panel, row) in row.chunks(shape.panel).enumerate() {
-                let start = panel * shape.panel;
+        let row = |key| self.v.row([task.batch, key, task.kv_head]);
+        for (term, key) in keys.clone().step_by(E::PER_LANE).enumerate() {
+            let (first, second) = (row(key), if key + 1 < keys.end { row(key + 1) } else { &[] });
+            for start in (0..first.len()).step_by(shape.panel) {
                 let width = shape.panel.min(shape.padded_dim - start);
-                packed[start * KEYS + index * width..][..row.len()].copy_from_slice(row);
+                let columns = start..first.len().min(start + shape.panel);
+                let lanes = &mut packed[start * KEYS / E::PER_LANE + term * width..][..columns.len()];
+                E::interleave(&first[columns.clone()], second.get(columns).unwrap_or_default(), lanes);
             }
         }
     }
@@ -294,9 +339,9 @@ impl Call<'_> {
     /// Adds the bias of the rows from `first` on and the keys from `start` on.
     #[inline(always)]
     fn add_bias(&self, task: &Task, first: usize, visible: &[usize], start: usize, scores: &mut [f32]) {
-        let Some(bias) = &self.bias else { return };
+        let Shared { bias: Some(bias), group, .. } = self.shared else { return };
         for ((row, visible), scores) in (first..).zip(visible).zip(scores.chunks_mut(KEYS)) {
-            let (query, head) = (task.queries.start + row / self.group, task.kv_head * self.group + row % self.group);
+            let (query, head) = (task.queries.start + row / group, task.kv_head * group + row % group);
             let bias = &bias.row([0, head, query])[start..start + visible];
             for (score, bias) in scores.iter_mut().zip(bias) {
                 *score += bias * std::f32::consts::LOG2_E;
@@ -306,28 +351,29 @@ impl Call<'_> {
 }
 
 /// The output, rows of `len` elements, written by tasks that own different rows.
-struct Output {
-    to: *mut f32,
+struct Output<E> {
+    to: *mut E,
     rows: usize,
     len: usize,
 }
 
 // SAFETY: the pointer is only used by `write`, whose callers own different rows.
-unsafe impl Sync for Output {}
+unsafe impl<E: Send> Sync for Output<E> {}
 
-impl Output {
+impl<E: Operand> Output<E> {
     /// Writes the weighted sum of values over the sum of weights.
     ///
     /// # Safety
     /// No other task writes this row, and the memory is borrowed from its owner.
     #[inline(always)]
-    unsafe fn write(&self, row: usize, mixed: &[f32], total: f32) {
+    unsafe fn write(&self, level: Level, row: usize, mixed: &mut [f32], total: f32) {
         assert!(row < self.rows && self.len <= mixed.len());
         // SAFETY: the row is inside of the allocation of `rows * len` elements, and the caller's condition.
         let to = unsafe { std::slice::from_raw_parts_mut(self.to.add(row * self.len), self.len) };
-        for (value, mixed) in to.iter_mut().zip(mixed) {
-            *value = mixed / total;
+        for value in mixed.iter_mut() {
+            *value /= total;
         }
+        E::narrow_slice(level, &mixed[..self.len], to);
     }
 }
 
@@ -351,7 +397,7 @@ mod tests {
 
     fn check([q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
         for level in Level::available() {
-            assert_close(&attention_at(level, q, k, v, options).unwrap(), expected, 2e-6);
+            assert_close(&attention_at(level, false, [q, k, v], options).unwrap(), expected, 2e-6);
         }
     }
 
@@ -418,18 +464,83 @@ mod tests {
 
     #[test]
     fn halves_are_mixed_in_f32_and_rounded_once() {
-        for dtype in [burn::tensor::DType::BF16, burn::tensor::DType::F16] {
+        for dtype in [DType::BF16, DType::F16] {
             let [q, k, v] = qkv([2, 9, 70, 2, 2, 12]).map(|tensor| tensor.cast(dtype));
             // As from a cache: a part of something longer.
             let [k, v] = [k, v].map(|tensor| tensor.narrow(1, 3, 50));
-            let wide = [&q, &k, &v].map(|tensor| tensor.clone().cast(burn::tensor::DType::F32));
+            let wide = [&q, &k, &v].map(|tensor| tensor.clone().cast(DType::F32));
             for level in Level::available() {
                 let options = Attention { visibility: Visibility::Causal, ..Default::default() };
-                let mixed = attention_at(level, &q, &k, &v, &options).unwrap();
-                let expected = attention_at(level, &wide[0], &wide[1], &wide[2], &options).unwrap();
+                let mixed = attention_at(level, false, [&q, &k, &v], &options).unwrap();
+                let expected = attention_at(level, false, wide.each_ref(), &options).unwrap();
                 assert_eq!(mixed.into_data(), expected.cast(dtype).into_data(), "{level:?}");
             }
         }
+    }
+
+    /// What pairs of bf16 give at every level, beside the same in f64.
+    fn check_pairs([q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>, expected: &[f32], most: f32) {
+        for level in Level::available() {
+            let mixed = attention_at(level, true, [q, k, v], options).unwrap();
+            assert_eq!(mixed.dtype(), DType::BF16);
+            assert_close(&mixed.cast(DType::F32), expected, most);
+        }
+    }
+
+    #[test]
+    fn pairs_of_bf16_differ_by_the_rounding_of_weights_and_results() {
+        for sizes in [
+            [1, 1, 1, 1, 1, 6],
+            [2, 2, 3, 2, 1, 12],
+            [1, 3, 17, 1, 2, 16],
+            [2, 63, 64, 1, 2, 80],
+            [1, 65, 129, 1, 7, 20],
+            [1, 130, 131, 2, 1, 128],
+        ] {
+            let [q, k, v] = qkv(sizes).map(|tensor| tensor.cast(DType::BF16));
+            let wide = [&q, &k, &v].map(|tensor| tensor.clone().cast(DType::F32));
+            let past = sizes[2] - sizes[1];
+            for visibility in [Visibility::All, Visibility::Causal] {
+                let visible = |i, j| matches!(visibility, Visibility::All) || j <= past + i;
+                let expected = naive(wide.each_ref(), visible, |_, _, _| 0.0, 1.0 / (sizes[5] as f64).sqrt());
+                check_pairs([&q, &k, &v], &Attention { visibility, ..Default::default() }, &expected, 6e-3);
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_bf16_are_exact_where_weights_are() {
+        // Queries of zero weigh all keys alike: the mean, of integers that bf16 has.
+        let [_, k, _] = qkv([1, 7, 65, 1, 1, 12]).map(|tensor| tensor.cast(DType::BF16));
+        let q = Tensor::zeros([1, 7, 2, 12], (&cpu(), DType::BF16));
+        let integers: Vec<f32> = (0..65 * 12).map(|n| (n / 12 % 5 * 3 * (n % 12)) as f32).collect();
+        let v = Tensor::<4>::from_data(TensorData::new(integers, [1, 65, 1, 12]), &cpu()).cast(DType::BF16);
+        let mean: Vec<f32> = (0..7 * 2 * 12).map(|n| (6 * (n % 12)) as f32).collect();
+        check_pairs([&q, &k, &v], &Attention::default(), &mean, 0.0);
+        // With a bias that leaves one key, that key's values.
+        let bias: Vec<f32> = (0..2 * 7 * 65).map(|n| if n % 65 == n / 65 % 7 * 9 { 0.0 } else { -1e4 }).collect();
+        let bias = Tensor::from_data(TensorData::new(bias, [1, 2, 7, 65]), &cpu());
+        let one: Vec<f32> = (0..7 * 2 * 12).map(|n| (n / 24 * 9 % 5 * 3 * (n % 12)) as f32).collect();
+        check_pairs([&q, &k, &v], &Attention { bias: Some(bias), ..Default::default() }, &one, 0.0);
+    }
+
+    #[test]
+    fn pairs_of_bf16_are_read_with_their_strides() {
+        let fused = ramp([2, 70, 6, 12], 5).cast(DType::BF16);
+        let part = |index: usize| fused.clone().narrow(2, index * 2, 2).narrow(1, 3, 65);
+        let dim_first = ramp([2, 65, 12, 2], 4).cast(DType::BF16).swap_dims(2, 3);
+        let wide = [part(0), part(1), dim_first.clone()].map(|tensor| tensor.cast(DType::F32));
+        let expected = naive(wide.each_ref(), |_, _| true, |_, _, _| 0.0, 1.0 / 12f64.sqrt());
+        check_pairs([&part(0), &part(1), &dim_first], &Attention::default(), &expected, 6e-3);
+    }
+
+    #[test]
+    fn an_odd_head_of_bf16_is_widened() {
+        let [q, k, v] = qkv([1, 9, 20, 1, 1, 7]).map(|tensor| tensor.cast(DType::BF16));
+        let options = Attention::default();
+        let mixed = [true, false].map(|pairs| attention_at(Level::detect(), pairs, [&q, &k, &v], &options).unwrap());
+        let [one, other] = mixed.map(Tensor::into_data);
+        assert_eq!(one, other);
     }
 
     #[test]
@@ -462,17 +573,20 @@ mod tests {
         let [q, k, v] = qkv([1, 9, 70, 2, 2, 8]);
         // Query head `h` of a token reads key/value head `h / 2`.
         for level in Level::available() {
-            let nan_rows = |q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>| -> Vec<usize> {
-                let mixed = attention_at(level, q, k, v, &Attention::default()).unwrap();
-                let values = mixed.into_data().try_into_vec::<f32>().unwrap();
-                let rows = values.chunks(8).enumerate();
-                rows.filter(|(_, row)| row.iter().all(|value| value.is_nan())).map(|(row, _)| row).collect()
-            };
-            let second_group: Vec<usize> = (0..36).filter(|row| row % 4 >= 2).collect();
-            assert!(nan_rows(&q, &k, &v).is_empty());
-            assert_eq!(nan_rows(&poison(&q, 5, 1), &k, &v), [21]);
-            assert_eq!(nan_rows(&q, &poison(&k, 66, 1), &v), second_group);
-            assert_eq!(nan_rows(&q, &k, &poison(&v, 3, 1)), second_group);
+            for pairs in [false, true] {
+                let nan_rows = |q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>| -> Vec<usize> {
+                    let stored = [q, k, v].map(|x| if pairs { x.clone().cast(DType::BF16) } else { x.clone() });
+                    let mixed = attention_at(level, pairs, stored.each_ref(), &Attention::default()).unwrap();
+                    let values = mixed.cast(DType::F32).into_data().try_into_vec::<f32>().unwrap();
+                    let rows = values.chunks(8).enumerate();
+                    rows.filter(|(_, row)| row.iter().all(|value| value.is_nan())).map(|(row, _)| row).collect()
+                };
+                let second_group: Vec<usize> = (0..36).filter(|row| row % 4 >= 2).collect();
+                assert!(nan_rows(&q, &k, &v).is_empty());
+                assert_eq!(nan_rows(&poison(&q, 5, 1), &k, &v), [21]);
+                assert_eq!(nan_rows(&q, &poison(&k, 66, 1), &v), second_group);
+                assert_eq!(nan_rows(&q, &k, &poison(&v, 3, 1)), second_group);
+            }
         }
     }
 
@@ -481,12 +595,15 @@ mod tests {
         let [q, k, v] = qkv([1, 100, 100, 2, 3, 20]);
         let options = Attention { visibility: Visibility::Causal, ..Default::default() };
         for level in Level::available() {
-            let whole = attention_at(level, &q, &k, &v, &options).unwrap();
-            for (start, end) in [(0, 1), (41, 42), (7, 80), (95, 100)] {
-                let past = |x: &Tensor<4>| x.clone().narrow(1, 0, end);
-                let q = q.clone().narrow(1, start, end - start);
-                let part = attention_at(level, &q, &past(&k), &past(&v), &options).unwrap();
-                assert_eq!(part.into_data(), whole.clone().narrow(1, start, end - start).into_data());
+            for dtype in [DType::F32, DType::BF16] {
+                let [q, k, v] = [&q, &k, &v].map(|tensor| tensor.clone().cast(dtype));
+                let whole = attention_at(level, true, [&q, &k, &v], &options).unwrap();
+                for (start, end) in [(0, 1), (41, 42), (7, 80), (95, 100)] {
+                    let past = |x: &Tensor<4>| x.clone().narrow(1, 0, end);
+                    let q = q.clone().narrow(1, start, end - start);
+                    let part = attention_at(level, true, [&q, &past(&k), &past(&v)], &options).unwrap();
+                    assert_eq!(part.into_data(), whole.clone().narrow(1, start, end - start).into_data());
+                }
             }
         }
     }

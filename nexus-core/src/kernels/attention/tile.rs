@@ -1,22 +1,104 @@
 //! The inner loops of attention: packed queries, a packed tile of keys and values -> running softmax and mixed values.
 //!
-//! Both products are outer products over registers: a query's (or weight's) element is broadcast and multiplied with
-//! [`Shape`] vectors of neighbouring keys (or value columns), for [`ROWS`] rows at once.
+//! Both products are outer products over registers: a query's (or weight's) lane is broadcast and multiplied with
+//! [`Shape`] vectors of neighbouring keys (or value columns), for [`ROWS`] rows at once. A lane holds what an [`Operand`]
+//! says; whatever that is, its bits travel as those of an f32.
 #![allow(unsafe_code)]
 
-use super::super::simd::Simd;
+use half::bf16;
+
+use super::super::{simd::Simd, stored::Stored};
 
 /// Rows of scores that are computed together.
 pub(super) const ROWS: usize = 6;
 /// Keys of a tile; whole panels at every level.
 pub(super) const KEYS: usize = 64;
 
+/// A float of which lanes of 32 bits hold one or two, and what a lane does with them.
+pub(super) trait Operand: Stored {
+    /// Values of a lane.
+    const PER_LANE: usize;
+    /// `total` plus the products of what lies in the lanes.
+    ///
+    /// # Safety
+    /// As for [`Simd::mul_add`], or for [`Simd::add_pair_products`] if a lane holds two values.
+    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S;
+    /// Lanes of values that are neighbours in a row.
+    fn pack(row: &[Self], lanes: &mut [f32]);
+    /// Lanes of values of two rows in the same column, where a lane holds two; a missing second row is zero.
+    fn interleave(first: &[Self], second: &[Self], lanes: &mut [f32]);
+    /// Makes lanes of values, in place, so that they fill the beginning; the values are whole vectors.
+    ///
+    /// # Safety
+    /// As for [`Simd::store_bf16`] if a lane holds two values.
+    unsafe fn round<S: Simd>(values: &mut [f32]);
+}
+
+impl Operand for f32 {
+    const PER_LANE: usize = 1;
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
+        // SAFETY: the caller's condition.
+        unsafe { x.mul_add(y, total) }
+    }
+    #[inline(always)]
+    fn pack(row: &[Self], lanes: &mut [f32]) {
+        lanes.copy_from_slice(row);
+    }
+    #[inline(always)]
+    fn interleave(first: &[Self], _: &[Self], lanes: &mut [f32]) {
+        lanes.copy_from_slice(first);
+    }
+    #[inline(always)]
+    unsafe fn round<S: Simd>(_: &mut [f32]) {}
+}
+
+impl Operand for bf16 {
+    const PER_LANE: usize = 2;
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
+        // SAFETY: the caller's condition.
+        unsafe { x.add_pair_products(y, total) }
+    }
+    #[inline(always)]
+    fn pack(row: &[Self], lanes: &mut [f32]) {
+        for (lane, pair) in lanes.iter_mut().zip(row.as_chunks::<2>().0) {
+            *lane = pair_of(pair[0], pair[1]);
+        }
+    }
+    #[inline(always)]
+    fn interleave(first: &[Self], second: &[Self], lanes: &mut [f32]) {
+        if second.is_empty() {
+            for (lane, &first) in lanes.iter_mut().zip(first) {
+                *lane = pair_of(first, Self::ZERO);
+            }
+        }
+        for ((lane, &first), &second) in lanes.iter_mut().zip(first).zip(second) {
+            *lane = pair_of(first, second);
+        }
+    }
+    #[inline(always)]
+    unsafe fn round<S: Simd>(values: &mut [f32]) {
+        let from = values.as_mut_ptr();
+        for start in (0..values.len()).step_by(S::LANES) {
+            // SAFETY: the caller's condition; what is written ends where it was read, or before.
+            unsafe { S::load(from.add(start)).store_bf16(from.cast::<Self>().add(start)) };
+        }
+    }
+}
+
+/// A lane of two values, the first in the low bits.
+#[inline(always)]
+fn pair_of(first: bf16, second: bf16) -> f32 {
+    f32::from_bits(u32::from(second.to_bits()) << 16 | u32::from(first.to_bits()))
+}
+
 /// Lengths in the packed layouts of one call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
-    /// Elements of a head.
-    pub(super) head_dim: usize,
-    /// `head_dim` rounded up to whole vectors.
+    /// Lanes of a head's elements.
+    pub(super) lanes: usize,
+    /// Elements of a head, rounded up to whole vectors.
     pub(super) padded_dim: usize,
     /// Keys in a panel of packed keys, and columns in a panel of packed values.
     pub(super) panel: usize,
@@ -25,15 +107,15 @@ pub(super) struct Shape {
 /// A packed tile of keys and values; what is beyond the keys and the head is any number.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<'a> {
-    /// `[KEYS / panel, head_dim, panel]`.
+    /// `[KEYS / panel, lanes, panel]`.
     pub(super) keys: &'a [f32],
-    /// `[KEYS, panel]` for each panel of columns; the last one may be narrower.
+    /// `[KEYS / PER_LANE, panel]` for each panel of columns; the last one may be narrower.
     pub(super) values: &'a [f32],
 }
 
 /// What is kept of up to [`ROWS`] queries between tiles.
 pub(super) struct Rows<'a> {
-    /// `[rows, head_dim]`, times scale and log2(e).
+    /// `[rows, lanes]`.
     pub(super) queries: &'a [f32],
     /// Largest score so far, one per row.
     pub(super) largest: &'a mut [f32],
@@ -60,8 +142,8 @@ impl<'a> Scratch<'a> {
         /// Elements of a cache line; parts begin at one.
         const LINE: usize = 16;
         let lens = [
-            rows * shape.head_dim,
-            KEYS * shape.head_dim,
+            rows * shape.lanes,
+            KEYS * shape.lanes,
             KEYS * shape.padded_dim,
             KEYS * ROWS,
             rows,
@@ -89,64 +171,69 @@ impl<'a> Scratch<'a> {
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn pack_keys<'k, S: Simd>(
+pub(super) unsafe fn pack_keys<'k, S: Simd, E: Operand>(
     shape: Shape,
     keys: usize,
-    key: impl Fn(usize) -> &'k [f32],
+    key: impl Fn(usize) -> &'k [E],
     to: &mut [f32],
 ) {
-    assert!(keys <= KEYS && to.len() >= KEYS * shape.head_dim && shape.panel.is_multiple_of(8));
-    let transposed = shape.head_dim - shape.head_dim % 8;
+    assert!(keys <= KEYS && to.len() >= KEYS * shape.lanes && shape.panel.is_multiple_of(8));
+    let transposed = shape.lanes - shape.lanes % 8;
     for first in (0..keys).step_by(8) {
         // A missing key repeats the last one: nobody sees it.
-        let rows: [&[f32]; 8] = std::array::from_fn(|row| &key((first + row).min(keys - 1))[..shape.head_dim]);
-        let to = &mut to[first / shape.panel * shape.panel * shape.head_dim + first % shape.panel..];
-        for element in (0..transposed).step_by(8) {
-            let to = &mut to[element * shape.panel..][..7 * shape.panel + 8];
-            // SAFETY: the caller's condition; each row has eight elements from `element` on, and `to` ends with the
-            // eighth column.
-            unsafe { S::transpose_8x8(rows.map(|row| row.as_ptr().add(element)), to.as_mut_ptr(), shape.panel) };
+        let key = |row: usize| key((first + row).min(keys - 1))[..shape.lanes * E::PER_LANE].as_ptr().cast::<f32>();
+        let rows: [*const f32; 8] = std::array::from_fn(key);
+        let to = &mut to[first / shape.panel * shape.panel * shape.lanes + first % shape.panel..];
+        for lane in (0..transposed).step_by(8) {
+            let to = &mut to[lane * shape.panel..][..7 * shape.panel + 8];
+            // SAFETY: the caller's condition; each row has eight lanes from `lane` on, and `to` ends with the eighth
+            // column. Neither needs to be aligned.
+            unsafe { S::transpose_8x8(rows.map(|row| row.add(lane)), to.as_mut_ptr(), shape.panel) };
         }
-        for element in transposed..shape.head_dim {
-            for (to, row) in to[element * shape.panel..].iter_mut().zip(rows) {
-                *to = row[element];
+        for lane in transposed..shape.lanes {
+            for (to, row) in to[lane * shape.panel..].iter_mut().zip(rows) {
+                // SAFETY: each row has `lanes` lanes, and any bits are an f32.
+                *to = unsafe { row.add(lane).read_unaligned() };
             }
         }
     }
 }
 
-/// Scores of a tile, `[R, KEYS]`, in units of log2.
+/// Scores of a tile times `scale`, `[R, KEYS]`.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`.
+/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
 #[inline(always)]
-pub(super) unsafe fn scores<S: Simd, const C: usize, const R: usize>(
+pub(super) unsafe fn scores<S: Simd, E: Operand, const C: usize, const R: usize>(
     shape: Shape,
     queries: &[f32],
     tile: Tile<'_>,
     keys: usize,
+    scale: f32,
     scores: &mut [f32],
 ) {
     debug_assert_eq!(shape.panel, C * S::LANES);
     assert!(keys <= KEYS && R <= ROWS);
-    for (panel, packed) in tile.keys.chunks(shape.panel * shape.head_dim).take(keys.div_ceil(shape.panel)).enumerate() {
-        let factors = Factors { values: queries, row: shape.head_dim };
+    for (panel, packed) in tile.keys.chunks(shape.panel * shape.lanes).take(keys.div_ceil(shape.panel)).enumerate() {
+        let factors = Factors { values: queries, row: shape.lanes };
         // SAFETY: the caller's condition.
         unsafe {
-            let sums = multiply_add::<S, C, R>([[S::zero(); C]; R], factors, packed, shape.panel, shape.head_dim);
-            store(sums, &mut scores[panel * shape.panel..], KEYS);
+            let sums = multiply_add::<S, E, C, R>([[S::zero(); C]; R], factors, packed, shape.panel, shape.lanes);
+            let scale = S::splat(scale);
+            store(sums.map(|row| row.map(|sum| sum.mul(scale))), &mut scores[panel * shape.panel..], KEYS);
         }
     }
 }
 
 /// Turns scores into weights relative to the largest score so far, and returns the factors of what was summed before.
 ///
-/// Row `r` sees the first `visible[r]` keys; the weights up to the next whole vector after `keys` are zero.
+/// Scores are in units of log2. Row `r` sees the first `visible[r]` keys; the weights up to the next whole vector after
+/// `keys` are zero. Their sum is of what they are before they are rounded.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`.
+/// The CPU has the instructions of `S`, and what [`Operand::round`] asks for.
 #[inline(always)]
-pub(super) unsafe fn softmax<S: Simd, const R: usize>(
+pub(super) unsafe fn softmax<S: Simd, E: Operand, const R: usize>(
     rows: &mut Rows<'_>,
     scores: &mut [f32],
     visible: &[usize; ROWS],
@@ -178,6 +265,7 @@ pub(super) unsafe fn softmax<S: Simd, const R: usize>(
                 total = total.add(weight);
             }
             rows.total[row] = rows.total[row] * factors[row] + total.sum();
+            E::round::<S>(scores);
         }
     }
     std::array::from_fn(|row| factors[row])
@@ -186,9 +274,9 @@ pub(super) unsafe fn softmax<S: Simd, const R: usize>(
 /// Adds the values of a tile, weighted, to what was summed before times `factors`.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`.
+/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
 #[inline(always)]
-pub(super) unsafe fn mix<S: Simd, const C: usize, const R: usize>(
+pub(super) unsafe fn mix<S: Simd, E: Operand, const C: usize, const R: usize>(
     shape: Shape,
     weights: &[f32],
     factors: &[f32; ROWS],
@@ -198,39 +286,40 @@ pub(super) unsafe fn mix<S: Simd, const C: usize, const R: usize>(
 ) {
     assert!(keys <= KEYS && R <= ROWS);
     let weights = Factors { values: weights, row: KEYS };
+    let terms = keys.div_ceil(E::PER_LANE);
     for column in (0..shape.padded_dim).step_by(shape.panel) {
         let width = shape.panel.min(shape.padded_dim - column);
-        let values = &tile.values[column * KEYS..][..width * KEYS];
+        let values = &tile.values[column * KEYS / E::PER_LANE..][..width * KEYS / E::PER_LANE];
         let mixed = &mut mixed[column..];
         // SAFETY: the caller's condition.
         unsafe {
             if width == C * S::LANES {
                 let sums = load_scaled::<S, C, R>(mixed, shape.padded_dim, factors);
-                store(multiply_add::<S, C, R>(sums, weights, values, width, keys), mixed, shape.padded_dim);
+                store(multiply_add::<S, E, C, R>(sums, weights, values, width, terms), mixed, shape.padded_dim);
                 continue;
             }
             for start in (0..width).step_by(S::LANES) {
                 let (values, mixed) = (&values[start..], &mut mixed[start..]);
                 let sums = load_scaled::<S, 1, R>(mixed, shape.padded_dim, factors);
-                store(multiply_add::<S, 1, R>(sums, weights, values, width, keys), mixed, shape.padded_dim);
+                store(multiply_add::<S, E, 1, R>(sums, weights, values, width, terms), mixed, shape.padded_dim);
             }
         }
     }
 }
 
-/// Elements that are broadcast: that of term `n` for row `r` is at `r * row + n`.
+/// Lanes that are broadcast: that of term `n` for row `r` is at `r * row + n`.
 #[derive(Clone, Copy)]
 struct Factors<'a> {
     values: &'a [f32],
     row: usize,
 }
 
-/// `sums[r][c] += factors[r][n] * vectors[n][c]` over `terms`; a term of `vectors` is `stride` elements long.
+/// `sums[r][c] += factors[r][n] * vectors[n][c]` over `terms`; a term of `vectors` is `stride` lanes long.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`.
+/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
 #[inline(always)]
-unsafe fn multiply_add<S: Simd, const C: usize, const R: usize>(
+unsafe fn multiply_add<S: Simd, E: Operand, const C: usize, const R: usize>(
     mut sums: [[S; C]; R],
     factors: Factors<'_>,
     vectors: &[f32],
@@ -253,7 +342,7 @@ unsafe fn multiply_add<S: Simd, const C: usize, const R: usize>(
             for (row, sums) in sums.iter_mut().enumerate() {
                 let factor = S::splat(*factors.values.as_ptr().add(row * factors.row + term));
                 for (sum, vector) in sums.iter_mut().zip(vectors) {
-                    *sum = factor.mul_add(vector, *sum);
+                    *sum = E::multiply_add(factor, vector, *sum);
                 }
             }
         }
