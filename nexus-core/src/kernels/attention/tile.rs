@@ -218,9 +218,12 @@ pub(super) unsafe fn scores<S: Simd, E: Operand, const C: usize, const R: usize>
         let factors = Factors { values: queries, row: shape.lanes };
         // SAFETY: the caller's condition.
         unsafe {
-            let sums = multiply_add::<S, E, C, R>([[S::zero(); C]; R], factors, packed, shape.panel, shape.lanes);
-            let scale = S::splat(scale);
-            store(sums.map(|row| row.map(|sum| sum.mul(scale))), &mut scores[panel * shape.panel..], KEYS);
+            let mut sums = multiply_add::<S, E, C, R>([[S::zero(); C]; R], factors, packed, shape.panel, shape.lanes);
+            // Not `map`, which would not be compiled with the instructions.
+            for sum in sums.as_flattened_mut() {
+                *sum = sum.mul(S::splat(scale));
+            }
+            store(sums, &mut scores[panel * shape.panel..], KEYS);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Products of many rows: activations in panels, weights in blocks -> register tiles -> rows.
 //!
 //! Activations are packed once, with rows as lanes. A task owns some outputs: it brings a block of their weights into the
-//! form that is multiplied, once for all rows, and adds its product with every panel to sums that stay in the cache.
+//! form that is multiplied, once for all rows, and adds its product with every panel to sums that stay in the cache. A few
+//! rows that would leave most of a vector empty stay rows, for dot products.
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -16,22 +17,25 @@ use super::{
         stored::{Stored, widen_slice},
     },
     Layer,
+    pack::{pack, pack_rest, prefetch},
 };
 
 /// Outputs that a task computes: whole register tiles of any level.
 const TASK_OUTPUTS: usize = 48;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
 const BLOCK: usize = 256;
+/// Up to so many rows that do not fill a vector are multiplied as rows.
+const MAX_REST: usize = 4;
 /// Rows that are written together.
 pub(super) const WRITTEN_ROWS: usize = 8;
 
 /// What a lane multiplies in one step: one f32, or two bf16.
 pub(super) trait Lane: Copy + Default + Send + Sync {
-    /// Adds to `sums`, `[outputs, stride]`, the products of a panel and of weights, `[outputs, BLOCK]`.
+    /// Adds to `sums`, `[outputs, stride]`, the products of some rows and of weights, `[outputs, BLOCK]`.
     ///
     /// # Panics
     /// If the slices are shorter than that.
-    fn multiply_add(level: Level, panel: Panel<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize);
+    fn multiply_add(level: Level, rows: Rows<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize);
     /// `total` plus the products of what lies in the bits of the lanes.
     ///
     /// # Safety
@@ -50,16 +54,16 @@ pub(super) trait Term<X, W>: Lane {
 }
 
 impl Lane for f32 {
-    fn multiply_add(level: Level, panel: Panel<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
+    fn multiply_add(level: Level, rows: Rows<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
         /// # Safety
         /// As [`blocks`].
         #[inline(always)]
-        unsafe fn run<S: Simd>(panel: Panel<'_, f32>, weights: &[f32], sums: &mut [f32], stride: usize) {
+        unsafe fn run<S: Simd>(rows: Rows<'_, f32>, weights: &[f32], sums: &mut [f32], stride: usize) {
             // SAFETY: the caller's condition.
-            unsafe { blocks::<S, f32>(panel, weights, sums, stride) }
+            unsafe { blocks::<S, f32>(rows, weights, sums, stride) }
         }
-        panel.check(level, weights, sums, stride);
-        for_simd!(level, run::<>(panel: Panel<'_, f32>, weights: &[f32], sums: &mut [f32], stride: usize) where)
+        rows.check(level, weights, sums, stride);
+        for_simd!(level, run::<>(rows: Rows<'_, f32>, weights: &[f32], sums: &mut [f32], stride: usize) where)
     }
     #[inline(always)]
     unsafe fn step<S: Simd>(x: S, weight: S, total: S) -> S {
@@ -103,29 +107,29 @@ impl Term<bf16, bf16> for Pair {
 }
 
 impl Lane for Pair {
-    fn multiply_add(level: Level, panel: Panel<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
-        panel.check(level, weights, sums, stride);
+    fn multiply_add(level: Level, rows: Rows<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
+        rows.check(level, weights, sums, stride);
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2(panel: Panel<'_, Pair>, weights: &[Pair], sums: &mut [f32], stride: usize) {
+        fn avx2(rows: Rows<'_, Pair>, weights: &[Pair], sums: &mut [f32], stride: usize) {
             // SAFETY: this function has the instructions, and the slices have been checked.
-            unsafe { blocks::<Avx2, Pair>(panel, weights, sums, stride) }
+            unsafe { blocks::<Avx2, Pair>(rows, weights, sums, stride) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-        fn avx512(panel: Panel<'_, Pair>, weights: &[Pair], sums: &mut [f32], stride: usize) {
+        fn avx512(rows: Rows<'_, Pair>, weights: &[Pair], sums: &mut [f32], stride: usize) {
             // SAFETY: as above.
-            unsafe { blocks::<Avx512, Pair>(panel, weights, sums, stride) }
+            unsafe { blocks::<Avx512, Pair>(rows, weights, sums, stride) }
         }
         match level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the CPU has just been asked.
-            Level::Avx512 if level.multiplies_bf16() => unsafe { avx512(panel, weights, sums, stride) },
+            Level::Avx512 if level.multiplies_bf16() => unsafe { avx512(rows, weights, sums, stride) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            Level::Avx2 => unsafe { avx2(panel, weights, sums, stride) },
+            Level::Avx2 => unsafe { avx2(rows, weights, sums, stride) },
             // SAFETY: every CPU has what this needs.
-            _ => unsafe { blocks::<Portable, Self>(panel, weights, sums, stride) },
+            _ => unsafe { blocks::<Portable, Self>(rows, weights, sums, stride) },
         }
     }
     #[inline(always)]
@@ -135,27 +139,58 @@ impl Lane for Pair {
     }
 }
 
-/// A block of a panel: terms of rows that are lanes.
+/// Some terms of some rows.
 #[derive(Clone, Copy)]
-pub(super) struct Panel<'a, T> {
-    /// `[terms, width]`.
-    values: &'a [T],
-    /// Rows of a whole panel.
-    width: usize,
-    /// Rows that are wanted of it.
-    rows: usize,
+pub(super) enum Rows<'a, T> {
+    /// Rows that are lanes.
+    Panel {
+        /// `[terms, width]`.
+        values: &'a [T],
+        /// Rows of a whole panel.
+        width: usize,
+        /// Rows that are wanted of it.
+        rows: usize,
+    },
+    /// Terms that are lanes.
+    Rest {
+        /// `[rows, stride]`, from the first term on.
+        values: &'a [T],
+        stride: usize,
+        /// A whole number of vectors.
+        terms: usize,
+        rows: usize,
+    },
 }
 
-impl<T> Panel<'_, T> {
-    fn check(&self, level: Level, weights: &[T], sums: &[f32], stride: usize) {
-        assert!(self.width == panel_width(level) && self.values.len().is_multiple_of(self.width));
-        assert!(self.values.len() / self.width <= BLOCK && self.rows <= self.width && self.width <= stride);
-        assert!(weights.len() == TASK_OUTPUTS * BLOCK && sums.len() >= (TASK_OUTPUTS - 1) * stride + self.width);
+impl<T> Rows<'_, T> {
+    fn check(&self, level: Level, weights: &[T], sums: &[f32], to: usize) {
+        let columns = match *self {
+            Self::Panel { values, width, rows } => {
+                assert!(width == panel_width(level) && values.len().is_multiple_of(width) && rows <= width);
+                assert!(values.len() / width <= BLOCK);
+                width
+            }
+            Self::Rest { values, stride, terms, rows } => {
+                assert!(terms.is_multiple_of(lanes(level)) && terms <= BLOCK && (1..=MAX_REST).contains(&rows));
+                assert!(values.len() >= (rows - 1) * stride + terms);
+                rows
+            }
+        };
+        assert!(columns <= to && weights.len() == TASK_OUTPUTS * BLOCK);
+        assert!(sums.len() >= (TASK_OUTPUTS - 1) * to + columns);
+    }
+}
+
+/// Floats of a vector.
+fn lanes(level: Level) -> usize {
+    match level {
+        Level::Avx512 => 16,
+        Level::Avx2 | Level::Portable => 8,
     }
 }
 
 /// Rows of a panel: those of a register tile, which is of 3 vectors of 16, or of 2 vectors of 8.
-fn panel_width(level: Level) -> usize {
+pub(super) fn panel_width(level: Level) -> usize {
     match level {
         Level::Avx512 => 48,
         Level::Avx2 | Level::Portable => 16,
@@ -176,10 +211,13 @@ where
 {
     let &Layer { rows, inputs, outputs, bias } = layer;
     assert!(x.len() == rows * inputs && weight.len() == outputs * inputs && bias.len() == outputs);
-    let width = panel_width(level);
-    let terms = inputs.div_ceil(T::INPUTS);
-    let panels = pack::<T, X, W>(x, [rows, inputs], width);
-    let padded_rows = rows.next_multiple_of(width);
+    let (width, terms) = (panel_width(level), inputs.div_ceil(T::INPUTS));
+    let rest = Some(rows % lanes(level)).filter(|&rest| rest <= MAX_REST && rest < rows).unwrap_or(0);
+    let in_panels = rows - rest;
+    let panels = pack::<T, X, W>(level, &x[..in_panels * inputs], inputs);
+    let rest_stride = terms.next_multiple_of(lanes(level));
+    let rest_values = pack_rest::<T, X, W>(&x[in_panels * inputs..], inputs, rest_stride);
+    let (panel_count, padded_rows) = (in_panels.div_ceil(width), rows.next_multiple_of(width));
     let mut y = Vec::<Y>::with_capacity(rows * outputs);
     let out = Columns { to: y.as_mut_ptr(), rows, outputs };
     (0..outputs.div_ceil(TASK_OUTPUTS)).into_par_iter().for_each_init(
@@ -193,11 +231,24 @@ where
                 for (row, output) in block.chunks_mut(BLOCK).zip(first..first + count) {
                     let stored = &weight[output * inputs..(output + 1) * inputs];
                     T::fill(level, row, &stored[start * T::INPUTS..inputs.min(end * T::INPUTS)]);
+                    // What a product with zeros reads there must not be what was there.
+                    row[end - start..].fill(T::default());
                 }
+                let (next, from) = if end < terms { (first, end) } else { (first + count, 0) };
                 for (index, values) in panels.chunks(width * terms).enumerate() {
+                    let share = |index| next + TASK_OUTPUTS * index / panel_count;
+                    for output in share(index).min(outputs)..share(index + 1).min(outputs) {
+                        let stored = &weight[output * inputs..(output + 1) * inputs];
+                        prefetch(&stored[from * T::INPUTS..inputs.min((from + BLOCK) * T::INPUTS)]);
+                    }
                     let values = &values[start * width..end * width];
-                    let panel = Panel { values, width, rows: (rows - index * width).min(width) };
-                    T::multiply_add(level, panel, block, &mut sums[index * width..], padded_rows);
+                    let rows = Rows::Panel { values, width, rows: (in_panels - index * width).min(width) };
+                    T::multiply_add(level, rows, block, &mut sums[index * width..], padded_rows);
+                }
+                if rest > 0 {
+                    let (values, stride) = (&rest_values[start..], rest_stride);
+                    let rows = Rows::Rest { values, stride, terms: BLOCK.min(stride - start), rows: rest };
+                    T::multiply_add(level, rows, block, &mut sums[in_panels..], padded_rows);
                 }
             }
             out.write(level, first, &bias[first..first + count], sums, padded_rows);
@@ -208,37 +259,35 @@ where
     y
 }
 
-/// Panels of `width` rows, `[panels, terms, width]`; rows that are missing in the last one are zero.
-fn pack<T: Term<X, W>, X: Copy + Sync, W>(x: &[X], [rows, inputs]: [usize; 2], width: usize) -> Vec<T> {
-    /// Terms of a row that are taken at a time, so that what is written stays in the cache.
-    const STEP: usize = 16;
-    let terms = inputs.div_ceil(T::INPUTS);
-    let mut panels = vec![T::default(); rows.div_ceil(width) * terms * width];
-    panels.par_chunks_mut(terms * width).zip(x.par_chunks(inputs * width)).for_each(|(panel, rows)| {
-        for (step, panel) in panel.chunks_mut(STEP * width).enumerate() {
-            for (lane, row) in rows.chunks(inputs).enumerate() {
-                let row = &row[step * STEP * T::INPUTS..];
-                for (lanes, inputs) in panel.chunks_mut(width).zip(row.chunks(T::INPUTS)) {
-                    lanes[lane] = T::of(inputs);
-                }
-            }
-        }
-    });
-    panels
-}
-
 /// See [`Lane::multiply_add`].
 ///
 /// # Safety
-/// The CPU has the instructions of `S` and `T`, and the slices are as [`Panel::check`] wants them.
+/// The CPU has the instructions of `S` and `T`, and the slices are as [`Rows::check`] wants them.
 #[inline(always)]
-unsafe fn blocks<S: Simd, T: Lane>(panel: Panel<'_, T>, weights: &[T], sums: &mut [f32], stride: usize) {
+unsafe fn blocks<S: Simd, T: Lane>(rows: Rows<'_, T>, weights: &[T], sums: &mut [f32], stride: usize) {
+    let (values, width, rows) = match rows {
+        Rows::Panel { values, width, rows } => (values, width, rows),
+        Rows::Rest { values, stride: from, terms, rows } => {
+            macro_rules! dots {
+                ($($count:literal)*) => {
+                    match rows {
+                        // SAFETY: the caller's condition.
+                        $($count => unsafe { dots::<S, T, $count>(values, from, terms, weights, sums, stride) },)*
+                        _ => unreachable!("no more than {MAX_REST} rows"),
+                    }
+                };
+            }
+            return dots!(1 2 3 4);
+        }
+    };
     macro_rules! tiles {
         ($outputs:literal: $($vectors:literal)*) => {
             for output in (0..TASK_OUTPUTS).step_by($outputs) {
-                match panel.rows.div_ceil(S::LANES) {
+                match rows.div_ceil(S::LANES) {
                     // SAFETY: the caller's condition; `$outputs` divides `TASK_OUTPUTS`.
-                    $($vectors => unsafe { tile::<S, T, $vectors, $outputs>(panel, weights, sums, stride, output) },)*
+                    $($vectors => unsafe {
+                        tile::<S, T, $vectors, $outputs>(values, width, weights, sums, stride, output)
+                    },)*
                     _ => unreachable!("no more vectors than a panel has"),
                 }
             }
@@ -248,21 +297,57 @@ unsafe fn blocks<S: Simd, T: Lane>(panel: Panel<'_, T>, weights: &[T], sums: &mu
     if S::LANES == 16 { tiles!(8: 1 2 3) } else { tiles!(6: 1 2) }
 }
 
+/// `ROWS` rows, `stride` apart, times all rows of weights.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+unsafe fn dots<S: Simd, T: Lane, const ROWS: usize>(
+    values: &[T],
+    stride: usize,
+    terms: usize,
+    weights: &[T],
+    sums: &mut [f32],
+    to: usize,
+) {
+    let values = values.as_ptr().cast::<f32>();
+    for (weights, sums) in weights.chunks(BLOCK).zip(sums.chunks_mut(to)) {
+        let weights = weights.as_ptr().cast::<f32>();
+        // SAFETY: terms have four bytes; reads of `values` stay below `(ROWS - 1) * stride + terms`, those of `weights`
+        // below `terms`, which is a whole number of vectors and no more than `BLOCK`.
+        let totals = unsafe {
+            let mut totals = [S::zero(); ROWS];
+            for term in (0..terms).step_by(S::LANES) {
+                let weight = S::load(weights.add(term));
+                for (row, total) in totals.iter_mut().enumerate() {
+                    *total = T::step(S::load(values.add(row * stride + term)), weight, *total);
+                }
+            }
+            totals
+        };
+        for (sum, total) in sums.iter_mut().zip(totals) {
+            // SAFETY: the caller's condition.
+            *sum += unsafe { total.sum() };
+        }
+    }
+}
+
 /// The first `VECTORS` vectors of rows times `OUTPUTS` rows of weights from `output` on.
 ///
 /// # Safety
-/// As [`blocks`], with `VECTORS * S::LANES <= panel.width` and `output + OUTPUTS <= TASK_OUTPUTS`.
+/// As [`blocks`], with `values` `[terms, width]`, `VECTORS * S::LANES <= width` and `output + OUTPUTS <= TASK_OUTPUTS`.
 #[inline(always)]
 unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
-    panel: Panel<'_, T>,
+    values: &[T],
+    width: usize,
     weights: &[T],
     sums: &mut [f32],
     stride: usize,
     output: usize,
 ) {
-    let terms = panel.values.len() / panel.width;
+    let terms = values.len() / width;
     // Whatever a term is, its bits travel in the lanes of floats.
-    let values = panel.values.as_ptr().cast::<f32>();
+    let values = values.as_ptr().cast::<f32>();
     let weights = weights[output * BLOCK..].as_ptr().cast::<f32>();
     let sums = sums[output * stride..].as_mut_ptr();
     // SAFETY: terms have four bytes; reads of `values` stay below `terms * width`, those of `weights` below
@@ -277,7 +362,7 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
         for term in 0..terms {
             let mut x = [S::zero(); VECTORS];
             for (vector, x) in x.iter_mut().enumerate() {
-                *x = S::load(values.add(term * panel.width + vector * S::LANES));
+                *x = S::load(values.add(term * width + vector * S::LANES));
             }
             for (output, totals) in totals.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(output * BLOCK + term));
