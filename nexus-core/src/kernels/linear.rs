@@ -56,15 +56,8 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     let level = Level::detect();
     match x.dtype() {
         DType::F32 => Some(wrap(layer.on_stored::<f32>(x.contiguous()?, &weight, level)?, shape)),
-        #[cfg(target_arch = "x86_64")]
-        DType::BF16 if rows >= amx::MIN_ROWS && weight.dtype() == DType::BF16 && level.multiplies_bf16_tiles() => {
-            let (x, weight) = (x.contiguous::<bf16>()?, weight.contiguous::<bf16>()?);
-            // SAFETY: the CPU has just been asked, and only products open the unit, while they take no other work.
-            Some(wrap(unsafe { amx::product::<amx::Amx, bf16>(&layer, x, weight, level) }, shape))
-        }
-        DType::BF16 if !few && weight.dtype() == DType::BF16 && level.multiplies_bf16() => {
-            let (x, weight) = (x.contiguous::<bf16>()?, weight.contiguous::<bf16>()?);
-            Some(wrap(tiles::<Pair, _, _, bf16>(&layer, x, weight, level), shape))
+        DType::BF16 if weight.dtype() == DType::BF16 && level.multiplies_bf16() => {
+            Some(wrap(layer.on_bf16::<bf16>(x.contiguous()?, weight.contiguous()?, level), shape))
         }
         DType::BF16 => Some(wrap(layer.on_stored::<bf16>(&widen(x.contiguous::<bf16>()?), &weight, level)?, shape)),
         DType::F16 => Some(wrap(layer.on_stored::<f16>(&widen(x.contiguous::<f16>()?), &weight, level)?, shape)),
@@ -74,12 +67,12 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
 
 /// Bias and sizes of one product.
 #[derive(Clone, Copy)]
-struct Layer<'a> {
+pub(super) struct Layer<'a> {
     /// `[outputs]`.
-    bias: &'a [f32],
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
+    pub(super) bias: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
 }
 
 impl Layer<'_> {
@@ -91,6 +84,19 @@ impl Layer<'_> {
             DType::F16 => Some(self.run(x, weight.contiguous::<f16>()?, level)),
             _ => None,
         }
+    }
+
+    /// The result of products of bf16, for a CPU that has them.
+    pub(super) fn on_bf16<Y: Stored>(&self, x: &[bf16], weight: &[bf16], level: Level) -> Vec<Y> {
+        if self.rows <= MAX_DOT_ROWS {
+            return self.run(&widen(x), weight, level);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.rows >= amx::MIN_ROWS && level.multiplies_bf16_tiles() {
+            // SAFETY: the CPU has just been asked, and only products open the unit, while they take no other work.
+            return unsafe { amx::product::<amx::Amx, Y>(self, x, weight, level) };
+        }
+        tiles::<Pair, _, _, Y>(self, x, weight, level)
     }
 
     fn run<W: Stored, Y: Stored>(&self, x: &[f32], weight: &[W], level: Level) -> Vec<Y> {

@@ -33,17 +33,9 @@ pub(crate) trait Stored: Element + bytemuck::Pod + Default + Send + Sync {
     /// Rounds to the nearest, ties to even.
     fn narrow_slice(level: Level, from: &[f32], to: &mut [Self]);
 
-    /// The values rounded to what is stored, by all threads if there are many.
+    /// [`narrow()`] of values that nobody else needs.
     fn narrow(values: Vec<f32>) -> Vec<Self> {
-        let level = Level::detect();
-        let mut stored = vec![Self::default(); values.len()];
-        if values.len() <= CHUNK {
-            Self::narrow_slice(level, &values, &mut stored);
-        } else {
-            let pairs = stored.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
-            pairs.for_each(|(stored, values)| Self::narrow_slice(level, values, stored));
-        }
-        stored
+        narrow(&values)
     }
 
     /// Lets a function change values as f32.
@@ -118,6 +110,19 @@ impl Stored for f16 {
     fn narrow_slice(_: Level, from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
     }
+}
+
+/// The values rounded to what is stored, by all threads if there are many.
+pub(crate) fn narrow<E: Stored>(values: &[f32]) -> Vec<E> {
+    let level = Level::detect();
+    let mut stored = vec![E::default(); values.len()];
+    if values.len() <= CHUNK {
+        E::narrow_slice(level, values, &mut stored);
+    } else {
+        let pairs = stored.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+        pairs.for_each(|(stored, values)| E::narrow_slice(level, values, stored));
+    }
+    stored
 }
 
 /// The values as f32, by all threads if there are many.

@@ -20,7 +20,7 @@ use super::{
         simd::{Portable, Simd},
         wrap,
     },
-    Operand, gradient, parents, record,
+    Operand, Parent, gradient, parents, record,
 };
 use crate::nn::{Attention, Visibility};
 

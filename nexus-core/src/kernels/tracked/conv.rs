@@ -4,7 +4,7 @@
 //! with pixels as lanes: each weight's sum runs over rows of the gradient and rows of the picture, shifted.
 #![allow(unsafe_code)]
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -17,7 +17,7 @@ use super::{
         simd::{Portable, Simd},
         wrap,
     },
-    Operand, gradient, parents, record,
+    Operand, Parent, gradient, in_dtype, parents, record,
 };
 
 /// Outputs of a register tile.
@@ -48,7 +48,8 @@ pub(in super::super) fn upsample_conv2d(x: &Tensor<4>, filter: &Filter) -> Optio
 }
 
 fn recorded(x: &Tensor<4>, filter: &Filter, doubled: bool) -> Option<Tensor<4>> {
-    let (of_x, of_weight, of_bias) = (Operand::of(x)?, Operand::of(&filter.weight)?, Operand::of(&filter.bias)?);
+    let (of_x, of_weight) = (Operand::of(x)?.widened(), Operand::of(&filter.weight)?.widened());
+    let of_bias = Operand::of(&filter.bias)?;
     let [_, _, kernel, kernel_width] = filter.weight.dims();
     if filter.padding.0 >= kernel || kernel != kernel_width {
         return None;
@@ -59,6 +60,7 @@ fn recorded(x: &Tensor<4>, filter: &Filter, doubled: bool) -> Option<Tensor<4>> 
     let convolve = if doubled { plain::upsample_conv2d } else { plain::conv2d };
     let result = convolve(&values, &inner)?;
     Some(record(parents![of_x, of_weight, of_bias], result, move |upstream, [of_x, of_weight, of_bias]| {
+        let upstream = in_dtype(upstream, DType::F32);
         [
             of_x.then(|| gradient(picture_slopes(&upstream, &inner, values.dims(), doubled))),
             of_weight.then(|| gradient(weight_slopes(&upstream, &inner, &values, doubled))),

@@ -11,7 +11,7 @@ use super::{
         rows::{Rows, map_rows},
         wrap,
     },
-    Operand, gradient, parents, record,
+    Operand, Parent, gradient, parents, record,
     sums::rows_and_sums,
 };
 use crate::nn::{Function, Pairs};
@@ -21,8 +21,9 @@ pub(in super::super) fn activate<const D: usize>(activation: Function, x: Tensor
     let Some(operand) = Operand::of(&x) else { return Err(x) };
     let Ok(result) = plain::activate(activation, operand.value.clone()) else { return Err(x) };
     let kept = operand.value;
-    let parent = (operand.guard, operand.tracked);
-    Ok(record([parent], result, move |upstream, _| [Some(gradient(times_slope(activation, upstream, &kept, None)))]))
+    Ok(record(parents![operand], result, move |upstream, _| {
+        [Some(gradient(times_slope(activation, upstream, &kept, None)))]
+    }))
 }
 
 /// `activation(x) * y`.
@@ -187,8 +188,7 @@ pub(in super::super) fn rotate(
     }
     let (cos, sin) = (of_cos.value, of_sin.value);
     let Ok(result) = rotary::rotate(of_x.value.clone(), &cos, &sin, pairs) else { return Err(x) };
-    let parent = (of_x.guard, of_x.tracked);
-    Ok(record([parent], result, move |upstream, _| {
+    Ok(record(parents![of_x], result, move |upstream, _| {
         // The inverse of a rotation is its transpose.
         let back = rotary::rotate(upstream, &cos, &sin.clone().neg(), pairs);
         [back.ok().map(gradient)]

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ use super::{
         simd::Portable,
         wrap,
     },
-    Operand, gradient, parents, record,
+    Gradient, Operand, Parent, gradient, in_dtype, linear_bf16, parents, record,
     sums::column_sums,
 };
 
@@ -39,7 +39,7 @@ pub(in super::super) fn linear<const D: usize>(
 ) -> Option<Tensor<D>> {
     let (x, weight) = (Operand::of(x)?, Operand::of(weight)?);
     let bias = match bias {
-        Some(bias) => Some(Operand::of(bias)?),
+        Some(bias) => Some(Operand::of(bias)?.widened()),
         None => None,
     };
     let ([outputs, inputs], shape) = (weight.value.dims(), x.value.dims());
@@ -48,6 +48,10 @@ pub(in super::super) fn linear<const D: usize>(
     if rows == 0 || inputs == 0 || outputs == 0 {
         return None;
     }
+    if x.dtype == DType::BF16 && Level::detect().multiplies_bf16() {
+        return linear_bf16::linear(x, weight, bias);
+    }
+    let (x, weight) = (x.widened(), weight.widened());
     let mut result_shape = shape;
     result_shape[D - 1] = outputs;
     let flat: Tensor<2> = x.value.clone().reshape([rows, inputs]);
@@ -58,24 +62,31 @@ pub(in super::super) fn linear<const D: usize>(
     let result = result.reshape(result_shape);
     let kept = weight.value.clone();
     let with_weight = weight.tracked.then_some(flat);
-    let backward = move |upstream: Tensor<D>, of_x: bool, of_weight: bool, of_bias: bool| {
-        let upstream: Tensor<2> = upstream.reshape([rows, outputs]);
+    Some(recorded(x, weight, bias, result, move |upstream: Tensor<D>, [of_x, of_weight, of_bias]| {
+        let upstream: Tensor<2> = in_dtype(upstream, DType::F32).reshape([rows, outputs]);
         let x = of_x.then(|| gradient(multiply(&upstream, &kept, Turned::Neither).reshape(shape)));
         let weight = with_weight.as_ref().filter(|_| of_weight);
         let weight = weight.map(|x| gradient(multiply(&upstream, x, Turned::Left)));
         let bias = of_bias.then(|| gradient(sum_rows(&upstream)));
-        (x, weight, bias)
-    };
-    Some(match bias {
-        Some(bias) => record(parents![x, weight, bias], result, move |upstream, [of_x, of_weight, of_bias]| {
-            let (x, weight, bias) = backward(upstream, of_x, of_weight, of_bias);
-            [x, weight, bias]
-        }),
+        [x, weight, bias]
+    }))
+}
+
+/// [`record`] for a layer with or without bias.
+pub(super) fn recorded<const D: usize>(
+    x: Operand<D>,
+    weight: Operand<2>,
+    bias: Option<Operand<1>>,
+    result: Tensor<D>,
+    backward: impl Fn(Tensor<D>, [bool; 3]) -> [Option<Gradient>; 3] + Send + Sync + 'static,
+) -> Tensor<D> {
+    match bias {
+        Some(bias) => record(parents![x, weight, bias], result, backward),
         None => record(parents![x, weight], result, move |upstream, [of_x, of_weight]| {
-            let (x, weight, _) = backward(upstream, of_x, of_weight, false);
+            let [x, weight, _] = backward(upstream, [of_x, of_weight, false]);
             [x, weight]
         }),
-    })
+    }
 }
 
 fn add_to_rows(rows: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
@@ -100,7 +111,7 @@ fn add_to_rows(rows: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
     added.unwrap_or_else(|rows| rows + bias.clone().unsqueeze())
 }
 
-fn sum_rows(rows: &Tensor<2>) -> Tensor<1> {
+pub(super) fn sum_rows(rows: &Tensor<2>) -> Tensor<1> {
     let [_, width] = rows.dims();
     let view = View::f32(rows).map(View::into_contiguous);
     match view.as_ref().and_then(|view| view.contiguous::<f32>()) {

@@ -8,6 +8,7 @@ mod attention;
 mod conv;
 mod elementwise;
 mod linear;
+mod linear_bf16;
 mod norm;
 mod sums;
 
@@ -22,9 +23,12 @@ use burn::{
             ops::{Backward, NodeGuard, Ops, OpsKind},
         },
     },
-    tensor::{DType, Tensor},
+    tensor::{Bytes, DType, Tensor},
 };
-use burn_flex::FlexTensor;
+use burn_flex::{FlexTensor, Layout};
+use half::bf16;
+
+use super::stored::{narrow, widen};
 
 pub(super) use attention::attention;
 pub(super) use conv::{conv2d, upsample_conv2d};
@@ -37,10 +41,11 @@ pub(super) fn is_autodiff<const D: usize>(tensor: &Tensor<D>) -> bool {
     matches!(tensor.device().as_dispatch(), DispatchDevice::Autodiff(_))
 }
 
-/// An f32 tensor of the autodiff device, taken apart.
+/// A tensor of the autodiff device, of f32 or bf16, taken apart.
 struct Operand<const D: usize> {
     /// Its values, on the plain device.
     value: Tensor<D>,
+    dtype: DType,
     guard: NodeGuard,
     tracked: bool,
 }
@@ -48,14 +53,51 @@ struct Operand<const D: usize> {
 impl<const D: usize> Operand<D> {
     /// `None` for other dtypes, devices, and graphs that checkpoint.
     fn of(tensor: &Tensor<D>) -> Option<Self> {
-        if tensor.dtype() != DType::F32 || !is_autodiff(tensor) {
+        let dtype = tensor.dtype();
+        if ![DType::F32, DType::BF16].contains(&dtype) || !is_autodiff(tensor) {
             return None;
         }
         let tensor = tensor.clone().try_into_primitive::<Autodiff<Flex>>().ok()?;
         let tracked = tensor.is_tracked();
         let (value, guard) = tensor.into_parts();
-        Some(Self { value: Tensor::from_primitive::<Flex>(value), guard, tracked })
+        Some(Self { value: Tensor::from_primitive::<Flex>(value), dtype, guard, tracked })
     }
+
+    /// The same with its values in f32.
+    fn widened(self) -> Self {
+        Self { value: in_dtype(self.value, DType::F32), ..self }
+    }
+}
+
+/// A plain tensor of f32 or bf16 in the other of these, or as it is.
+fn in_dtype<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if tensor.dtype() == dtype {
+        return tensor;
+    }
+    Tensor::from_primitive::<Flex>(converted(gradient(tensor), dtype))
+}
+
+/// [`in_dtype`] for any rank, with all threads.
+fn converted(tensor: FlexTensor, dtype: DType) -> FlexTensor {
+    if tensor.dtype() == dtype {
+        return tensor;
+    }
+    let tensor = tensor.to_contiguous();
+    let (layout, shape) = (tensor.layout(), tensor.layout().shape().clone());
+    let values = layout.start_offset()..layout.start_offset() + shape.num_elements();
+    let bytes = match dtype {
+        DType::BF16 => Bytes::from_elems(narrow::<bf16>(&tensor.storage::<f32>()[values])),
+        _ => Bytes::from_elems(widen(&tensor.storage::<bf16>()[values])),
+    };
+    FlexTensor::new(bytes, Layout::contiguous(shape), dtype)
+}
+
+/// A parent of a node, as [`record`] takes it.
+struct Parent {
+    guard: NodeGuard,
+    tracked: bool,
+    /// Of the parent, and so of its gradient.
+    dtype: DType,
 }
 
 /// A gradient of any rank.
@@ -102,17 +144,28 @@ impl<const N: usize> Backward<Flex, N> for Node {
     }
 }
 
-/// Puts a result on the autodiff device: as a node if a parent is tracked, else as a constant.
+/// Puts a result on the autodiff device, in the dtype of the first parent: as a node if a parent is tracked, else as a
+/// constant.
+///
+/// What comes to `backward` has the dtype of the result; what it gives, f32 or bf16, is brought to that of the parent.
 fn record<const N: usize, const D: usize>(
-    parents: [(NodeGuard, bool); N],
+    parents: [Parent; N],
     result: Tensor<D>,
     backward: impl Fn(Tensor<D>, [bool; N]) -> [Option<Gradient>; N] + Send + Sync + 'static,
 ) -> Tensor<D> {
-    if parents.iter().all(|(_, tracked)| !tracked) {
+    let result = in_dtype(result, parents[0].dtype);
+    if parents.iter().all(|parent| !parent.tracked) {
         return Tensor::from_inner(result);
     }
-    let function = move |upstream, wanted| backward(Tensor::from_primitive::<Flex>(upstream), wanted);
-    let prepared = Backward::<Flex, N>::prepare::<NoCheckpointing>(Node, parents.map(|(guard, _)| guard));
+    let dtypes = parents.each_ref().map(|parent| parent.dtype);
+    let function = move |upstream, wanted| {
+        let mut gradients = backward(Tensor::from_primitive::<Flex>(upstream), wanted);
+        for (gradient, dtype) in gradients.iter_mut().zip(dtypes) {
+            *gradient = gradient.take().map(|gradient| converted(gradient, dtype));
+        }
+        gradients
+    };
+    let prepared = Backward::<Flex, N>::prepare::<NoCheckpointing>(Node, parents.map(|parent| parent.guard));
     let result = gradient(result);
     let node = match prepared.compute_bound().stateful() {
         OpsKind::Tracked(prepared) => prepared.finish(Kept(Arc::new(function)), result),
@@ -123,7 +176,9 @@ fn record<const N: usize, const D: usize>(
 
 /// The parents of a node as [`record`] takes them.
 macro_rules! parents {
-    ($($operand:ident),*) => { [$(($operand.guard, $operand.tracked)),*] };
+    ($($operand:ident),*) => {
+        [$(Parent { guard: $operand.guard, tracked: $operand.tracked, dtype: $operand.dtype }),*]
+    };
 }
 use parents;
 
@@ -250,7 +305,7 @@ mod tests {
     fn other_tensors_are_left_to_the_plain_formulation() {
         let weight: Tensor<2> = ramp([4, 4], 2);
         assert!(linear(&weight, &weight, None).is_none());
-        let half = Tensor::<2>::from_inner(weight.clone()).cast(DType::BF16).require_grad();
+        let half = Tensor::<2>::from_inner(weight.clone()).cast(DType::F16).require_grad();
         assert!(linear(&half, &half, None).is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! Normalisations with their backward passes; the statistics are computed again, which is cheaper than keeping them.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::{
@@ -11,9 +11,9 @@ use super::{
         rows::Rows,
         wrap,
     },
-    Gradient, Operand,
+    Gradient, Operand, Parent,
     elementwise::silu_slope,
-    gradient, parents, record,
+    gradient, in_dtype, parents, record,
     sums::rows_and_sums,
 };
 
@@ -240,6 +240,7 @@ pub(in super::super) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> 
     let (Some(of_x), Some(of_weight), Some(of_bias)) = (Operand::of(&x), Operand::of(weight), Operand::of(bias)) else {
         return Err(x);
     };
+    let of_x = of_x.widened();
     let inner = GroupNormOptions {
         weight: of_weight.value.clone(),
         bias: of_bias.value.clone(),
@@ -250,7 +251,7 @@ pub(in super::super) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> 
     let values = of_x.value.clone();
     let Ok(result) = plain::group_norm(values.clone(), &inner) else { return Err(x) };
     Ok(record(parents![of_x, of_weight, of_bias], result, move |upstream, [of_x, of_weight, of_bias]| {
-        let (of_values, of_weights, of_biases) = group_norm_slopes(&values, &upstream, &inner);
+        let (of_values, of_weights, of_biases) = group_norm_slopes(&values, &in_dtype(upstream, DType::F32), &inner);
         let channels = [of_weights.len()];
         [
             of_x.then(|| gradient(wrap(of_values, values.dims()))),
