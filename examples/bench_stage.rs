@@ -32,10 +32,7 @@ use serde_json::json;
 
 use measure::{Measured, measure};
 use models::Weights;
-use work::{STAGES, TRAINING};
-
-/// Exit status by which `tools/bench/compare.py` knows that a program does not have a stage.
-const NO_SUCH_STAGE: i32 = 3;
+use work::STAGES;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -63,7 +60,7 @@ enum Command {
         /// No new run after this many seconds.
         #[arg(long, default_value_t = 10.0)]
         seconds: f64,
-        /// Dtype of the activations: f32, bf16 or f16; without this, what suits the device. Training is in f32.
+        /// Dtype of the activations: f32, bf16 or f16; without this, what suits the device.
         #[arg(long)]
         dtype: Option<Dtype>,
         /// Where to write what the stage computed: little-endian f32.
@@ -95,10 +92,6 @@ fn main() -> anyhow::Result<()> {
         Command::Write { models } => models::write(&models)?,
         Command::Run { stage, models, runs, seconds, dtype, output } => {
             let stage = STAGES.iter().find(|known| known.name == stage).context("no such stage; see `list`")?;
-            if stage.group == TRAINING && !matches!(dtype, None | Some(Dtype::F32)) {
-                eprintln!("{} is in f32", stage.name);
-                std::process::exit(NO_SUCH_STAGE);
-            }
             dtype.into_iter().for_each(|dtype| place::choose_compute(dtype.into()));
             let measured = measure(stage, Weights::Files(&models), runs, seconds);
             if let Some(output) = output {

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Gradients, Tensor},
+    tensor::{DType, Device, FloatDType, Gradients, Tensor},
 };
 use nexus::{
     ar::{ArConfig, ArModel, ArObjective, NAMES, TrainingBatch, TrainingSample},
@@ -144,6 +144,71 @@ fn the_autoregressive_objective_and_its_gradients() {
 
 fn loss_again(model: &ArModel, batch: &TrainingBatch) -> Gradients {
     ArObjective::default().loss(model, batch, FloatDType::F32).unwrap().total.backward()
+}
+
+/// Gradients of activations in bf16 point where those in f32 do, and are as long.
+#[track_caller]
+fn check_bf16(rounded: &GradientSum, exact: &GradientSum, layout: &[(String, Vec<usize>)]) {
+    assert_eq!(rounded.len(), exact.len());
+    for (name, _) in layout {
+        let (Some(rounded), Some(exact)) = (rounded.get(name), exact.get(name)) else { continue };
+        assert_eq!(rounded.dtype(), DType::F32, "{name}");
+        let dot = |a: &Tensor<1>, b: &Tensor<1>| f64::from(value(&(a.clone() * b.clone()).sum()));
+        let (rounded_norm, norm) = (dot(rounded, rounded).sqrt(), dot(exact, exact).sqrt());
+        let cosine = dot(rounded, exact) / (rounded_norm * norm);
+        assert!(cosine > 0.995 && (rounded_norm / norm - 1.0).abs() < 0.05, "{name}: {cosine}, {rounded_norm}, {norm}");
+    }
+}
+
+#[test]
+fn activations_in_bf16_give_nearly_the_same_gradients_of_the_language_model() {
+    let fixture = Fixture::open("objective_ar");
+    let (encoder, _) = freeze(vision_encoder(), &VISION_NAMES, &[NamePattern("visual.*".into())]);
+    let (model, config) = (ar_model(), ar_config());
+    let batch = TrainingBatch::new(ar_samples(&fixture, &encoder), &config).unwrap();
+    let exact = gradient_sum(loss_again(&model, &batch), &model, &NAMES);
+    for mut layers in [Recomputation::none(), Recomputation::of_blocks()] {
+        let loss = ArObjective::default().output(&model, &batch, FloatDType::BF16, 0..0, &mut layers).unwrap().loss;
+        assert_close(&loss.total, &fixture.floats("out.loss"), 2e-2);
+        let mut rounded = GradientSum::new();
+        layers.backward(&loss.total, |part| rounded.add(part, &model, &NAMES));
+        check_bf16(&rounded, &exact, &module_layout(&model, &NAMES));
+    }
+}
+
+#[test]
+fn activations_in_bf16_give_nearly_the_same_gradients_of_a_decoder() {
+    let flow = Flow::open("objective_edit");
+    let weights = checkpoint("edit_decoder.bin");
+    let decoder = EditingDecoder::load(&weights, &diffusion_config(), &trained(), &OPTIONS).unwrap();
+    // Timesteps and guidance are rounded to bf16 too, in the original as here: these lose next to nothing by it.
+    let lost = |timestep: f32| (half::bf16::from_f32(timestep).to_f32() - timestep).abs();
+    let timesteps = flow.objective.schedule().timesteps();
+    let index = (300..700).min_by(|a, b| lost(timesteps[*a]).total_cmp(&lost(timesteps[*b]))).unwrap();
+    let gradients = |dtype: FloatDType| {
+        let mut blocks = Recomputation::none();
+        let embeds = |name, grid| {
+            let embeds = flow.embeds(name, grid);
+            ImageEmbeds::new(embeds.values.cast(dtype), embeds.grid).unwrap()
+        };
+        let (drawn, reference) = (embeds("in.embeds", GridThw::GENERATED), embeds("in.reference", GridThw::REFERENCE));
+        let conditioning = decoder.condition(&drawn, Some(&reference), flow.size()).unwrap();
+        let input = FlowMatchingInput {
+            conditioning: &conditioning,
+            pooled: flow.fixture.tensor::<2>("in.pooled").cast(dtype),
+            latents: flow.fixture.tensor::<4>("in.latents").cast(dtype),
+            noise: flow.fixture.tensor::<4>("in.noise").cast(dtype),
+            timestep_indices: &[index],
+            embedded_guidance: 2.0,
+        };
+        let loss = flow.objective.loss(&decoder.dit, input, &mut blocks);
+        let mut sum = GradientSum::new();
+        blocks.backward(&loss.total, |part| sum.add(part, &decoder, &EDITING_DECODER));
+        (value(&loss.mse), sum)
+    };
+    let ((loss, rounded), (exact_loss, exact)) = (gradients(FloatDType::BF16), gradients(FloatDType::F32));
+    assert!((loss / exact_loss - 1.0).abs() < 2e-2, "{loss}, not {exact_loss}");
+    check_bf16(&rounded, &exact, &module_layout(&decoder, &EDITING_DECODER));
 }
 
 #[test]

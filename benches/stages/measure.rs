@@ -64,10 +64,10 @@ impl Measured {
 
 /// Dtypes that a stage runs in, such as `bf16 weights, f32 activations`.
 pub fn dtype(stage: &Stage) -> String {
-    if stage.group == TRAINING {
-        return "f32 weights, f32 activations".to_string();
-    }
     let compute = place::compute();
+    if stage.group == TRAINING {
+        return format!("f32 weights, {compute:?} activations").to_lowercase();
+    }
     let weights = match Precision::of(&place::device()).weights {
         // The weights of the benches are stored in bf16.
         LoadDType::AsStored => "bf16".to_string(),

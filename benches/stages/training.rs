@@ -1,4 +1,4 @@
-//! Training steps as work: loss, gradients of all weights, and a step of AdamW, in f32.
+//! Training steps as work: loss, gradients of all weights, and a step of AdamW on weights in f32.
 
 use burn::{
     module::Module,
@@ -17,7 +17,7 @@ use nexus::{
 
 use crate::{
     models::{Weights, ar_config, diffusion_config},
-    place::{device, ramp},
+    place::{compute, device, ramp},
     work::{DRAWN, PROMPT_TOKENS, Work, read},
 };
 
@@ -82,7 +82,7 @@ impl ArTraining {
 impl Work for ArTraining {
     fn run(&mut self) -> Vec<f32> {
         let Self { trained, batch } = self;
-        trained.step(|model| ArObjective::default().loss(model, batch, FloatDType::F32).unwrap().total)
+        trained.step(|model| ArObjective::default().loss(model, batch, compute()).unwrap().total)
     }
 }
 
@@ -131,5 +131,5 @@ impl Work for DitTraining {
 
 /// An input as a constant of the device that tracks gradients.
 fn input<const D: usize>(shape: [usize; D], seed: usize) -> Tensor<D> {
-    ramp(shape, seed).cast(FloatDType::F32).to_device(&device().autodiff())
+    ramp(shape, seed).to_device(&device().autodiff())
 }
