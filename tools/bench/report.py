@@ -12,6 +12,7 @@ MOST_OTHERS = 0.25
 PAIRS = (
     ("nexus", "torch f32"),
     ("nexus", "torch bf16"),
+    ("nexus bf16", "torch f32"),
     ("nexus bf16", "torch bf16"),
     ("nexus", "candle"),
     ("nexus", "nexus, one thread"),
