@@ -18,15 +18,15 @@ use nexus::{
 use crate::{
     models::{Weights, ar_config, diffusion_config},
     place::{compute, device, ramp},
-    work::{DRAWN, PROMPT_TOKENS, Work, read},
+    work::{DRAWN, GUIDANCE, PROMPT_TOKENS, Work, read},
 };
 
 const LEARNING_RATE: f64 = 1e-5;
 /// Tokens before the answer, and those of them that are not learned.
 const BEFORE_IMAGE: usize = 200;
 const NOT_LEARNED: usize = 180;
-/// Level of noise of the picture, as an index into the schedule.
-const NOISE_LEVEL: usize = 500;
+/// Level of noise of the picture, as an index into the schedule: all noise, whose timestep bf16 has.
+const NOISE_LEVEL: usize = 0;
 
 /// A model that takes steps.
 struct Trained<M> {
@@ -122,7 +122,7 @@ impl Work for DitTraining {
                 latents: latents.clone(),
                 noise: noise.clone(),
                 timestep_indices: &[NOISE_LEVEL],
-                embedded_guidance: 3.5,
+                embedded_guidance: GUIDANCE as f32,
             };
             flow.loss(&decoder.dit, input, &mut Recomputation::none()).mse
         })

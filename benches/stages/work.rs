@@ -24,7 +24,7 @@ pub const PROMPT_TOKENS: usize = 300;
 const DECODED_TOKENS: usize = 16;
 pub const DRAWN: LatentSize = LatentSize { height: 64, width: 64 };
 /// Its thousandfold is the same in bf16, where the usual 3.5 acts as 3.504 in the original and here.
-const GUIDANCE: f64 = 2.0;
+pub const GUIDANCE: f64 = 2.0;
 
 /// The side of the released transformer's usual picture.
 const RELEASED: LatentSize = LatentSize { height: 128, width: 128 };

@@ -219,14 +219,13 @@ class DitTraining(Training):
         # The width of the language model is that of the condition tokens.
         self.embeds, self.pooled = self.input((IMAGE, self.config["context_dim"]), 1), self.input((1, 768), 2)
         self.latents, self.noise = (self.input((16, LATENTS, LATENTS), seed) for seed in (3, 4))
-        sigma = torch.linspace(1.0, 0.003 / 1.002, 1000)[500].item()
-        self.sigma = 3 * sigma / (1 + 2 * sigma)
+        self.sigma = 1.0
 
     def loss(self):
         dit = self.weights.at("pipe.dit")
         text = dit.linear("context_embedder", models.adapter(self.weights.at("adapter"), self.embeds))
         noisy = (1 - self.sigma) * self.latents + self.sigma * self.noise
-        inputs = noisy, text, self.pooled, 1000 * self.sigma, 3.5, self.rotary
+        inputs = noisy, text, self.pooled, 1000 * self.sigma, 2.0, self.rotary
         velocity = models.dit_velocity(dit, self.config, *inputs)
         return F.mse_loss(velocity.float(), self.noise.float() - self.latents.float())
 

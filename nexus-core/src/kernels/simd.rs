@@ -113,6 +113,12 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// What a lane holds for [`Simd::add_pair_products`]: two bf16, the first in the low bits.
+#[inline(always)]
+pub(crate) fn pair(first: bf16, second: bf16) -> u32 {
+    u32::from(second.to_bits()) << 16 | u32::from(first.to_bits())
+}
+
 /// Eight lanes that any CPU can do.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 8]);

@@ -13,7 +13,7 @@ use burn::tensor::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use self::tile::{KEYS, Operand, ROWS, Rows, Scratch, Shape, Tile};
+use self::tile::{KEYS, Packed, ROWS, Rows, Scratch, Shape, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::{
@@ -182,7 +182,7 @@ struct Task {
     keys: Range<usize>,
 }
 
-impl<E: Operand> Call<'_, E> {
+impl<E: Packed> Call<'_, E> {
     fn tasks(&self, spans: &[(Range<usize>, Range<usize>)]) -> Vec<Task> {
         let ([batch, queries, heads, head_dim], [_, _, kv_heads, _]) = (self.q.dims, self.k.dims);
         let fair = (batch * queries * heads).div_ceil(4 * rayon::current_num_threads());
@@ -244,7 +244,7 @@ impl<E: Operand> Call<'_, E> {
     /// One task, with register tiles of [`ROWS`] rows by `C` vectors.
     ///
     /// # Safety
-    /// The CPU has the instructions of `S` and of `level`, and what [`Operand`] asks for.
+    /// The CPU has the instructions of `S` and of `level`, and what [`Packed`] asks for.
     #[inline(always)]
     unsafe fn block<S: Simd, const C: usize>(
         &self,
@@ -360,7 +360,7 @@ struct Output<E> {
 // SAFETY: the pointer is only used by `write`, whose callers own different rows.
 unsafe impl<E: Send> Sync for Output<E> {}
 
-impl<E: Operand> Output<E> {
+impl<E: Packed> Output<E> {
     /// Writes the weighted sum of values over the sum of weights.
     ///
     /// # Safety

@@ -1,13 +1,16 @@
 //! The inner loops of attention: packed queries, a packed tile of keys and values -> running softmax and mixed values.
 //!
 //! Both products are outer products over registers: a query's (or weight's) lane is broadcast and multiplied with
-//! [`Shape`] vectors of neighbouring keys (or value columns), for [`ROWS`] rows at once. A lane holds what an [`Operand`]
+//! [`Shape`] vectors of neighbouring keys (or value columns), for [`ROWS`] rows at once. A lane holds what a [`Packed`] float
 //! says; whatever that is, its bits travel as those of an f32.
 #![allow(unsafe_code)]
 
 use half::bf16;
 
-use super::super::{simd::Simd, stored::Stored};
+use super::super::{
+    simd::{Simd, pair},
+    stored::Stored,
+};
 
 /// Rows of scores that are computed together.
 pub(super) const ROWS: usize = 6;
@@ -15,7 +18,7 @@ pub(super) const ROWS: usize = 6;
 pub(super) const KEYS: usize = 64;
 
 /// A float of which lanes of 32 bits hold one or two, and what a lane does with them.
-pub(super) trait Operand: Stored {
+pub(super) trait Packed: Stored {
     /// Values of a lane.
     const PER_LANE: usize;
     /// `total` plus the products of what lies in the lanes.
@@ -34,7 +37,7 @@ pub(super) trait Operand: Stored {
     unsafe fn round<S: Simd>(values: &mut [f32]);
 }
 
-impl Operand for f32 {
+impl Packed for f32 {
     const PER_LANE: usize = 1;
     #[inline(always)]
     unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
@@ -53,7 +56,7 @@ impl Operand for f32 {
     unsafe fn round<S: Simd>(_: &mut [f32]) {}
 }
 
-impl Operand for bf16 {
+impl Packed for bf16 {
     const PER_LANE: usize = 2;
     #[inline(always)]
     unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
@@ -62,19 +65,19 @@ impl Operand for bf16 {
     }
     #[inline(always)]
     fn pack(row: &[Self], lanes: &mut [f32]) {
-        for (lane, pair) in lanes.iter_mut().zip(row.as_chunks::<2>().0) {
-            *lane = pair_of(pair[0], pair[1]);
+        for (lane, two) in lanes.iter_mut().zip(row.as_chunks::<2>().0) {
+            *lane = f32::from_bits(pair(two[0], two[1]));
         }
     }
     #[inline(always)]
     fn interleave(first: &[Self], second: &[Self], lanes: &mut [f32]) {
         if second.is_empty() {
             for (lane, &first) in lanes.iter_mut().zip(first) {
-                *lane = pair_of(first, Self::ZERO);
+                *lane = f32::from_bits(pair(first, Self::ZERO));
             }
         }
         for ((lane, &first), &second) in lanes.iter_mut().zip(first).zip(second) {
-            *lane = pair_of(first, second);
+            *lane = f32::from_bits(pair(first, second));
         }
     }
     #[inline(always)]
@@ -85,12 +88,6 @@ impl Operand for bf16 {
             unsafe { S::load(from.add(start)).store_bf16(from.cast::<Self>().add(start)) };
         }
     }
-}
-
-/// A lane of two values, the first in the low bits.
-#[inline(always)]
-fn pair_of(first: bf16, second: bf16) -> f32 {
-    f32::from_bits(u32::from(second.to_bits()) << 16 | u32::from(first.to_bits()))
 }
 
 /// Lengths in the packed layouts of one call.
@@ -171,7 +168,7 @@ impl<'a> Scratch<'a> {
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn pack_keys<'k, S: Simd, E: Operand>(
+pub(super) unsafe fn pack_keys<'k, S: Simd, E: Packed>(
     shape: Shape,
     keys: usize,
     key: impl Fn(usize) -> &'k [E],
@@ -202,9 +199,9 @@ pub(super) unsafe fn pack_keys<'k, S: Simd, E: Operand>(
 /// Scores of a tile times `scale`, `[R, KEYS]`.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
+/// The CPU has the instructions of `S`, and what [`Packed::multiply_add`] asks for.
 #[inline(always)]
-pub(super) unsafe fn scores<S: Simd, E: Operand, const C: usize, const R: usize>(
+pub(super) unsafe fn scores<S: Simd, E: Packed, const C: usize, const R: usize>(
     shape: Shape,
     queries: &[f32],
     tile: Tile<'_>,
@@ -234,9 +231,9 @@ pub(super) unsafe fn scores<S: Simd, E: Operand, const C: usize, const R: usize>
 /// `keys` are zero. Their sum is of what they are before they are rounded.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`, and what [`Operand::round`] asks for.
+/// The CPU has the instructions of `S`, and what [`Packed::round`] asks for.
 #[inline(always)]
-pub(super) unsafe fn softmax<S: Simd, E: Operand, const R: usize>(
+pub(super) unsafe fn softmax<S: Simd, E: Packed, const R: usize>(
     rows: &mut Rows<'_>,
     scores: &mut [f32],
     visible: &[usize; ROWS],
@@ -277,9 +274,9 @@ pub(super) unsafe fn softmax<S: Simd, E: Operand, const R: usize>(
 /// Adds the values of a tile, weighted, to what was summed before times `factors`.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
+/// The CPU has the instructions of `S`, and what [`Packed::multiply_add`] asks for.
 #[inline(always)]
-pub(super) unsafe fn mix<S: Simd, E: Operand, const C: usize, const R: usize>(
+pub(super) unsafe fn mix<S: Simd, E: Packed, const C: usize, const R: usize>(
     shape: Shape,
     weights: &[f32],
     factors: &[f32; ROWS],
@@ -320,9 +317,9 @@ struct Factors<'a> {
 /// `sums[r][c] += factors[r][n] * vectors[n][c]` over `terms`; a term of `vectors` is `stride` lanes long.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`, and what [`Operand::multiply_add`] asks for.
+/// The CPU has the instructions of `S`, and what [`Packed::multiply_add`] asks for.
 #[inline(always)]
-unsafe fn multiply_add<S: Simd, E: Operand, const C: usize, const R: usize>(
+unsafe fn multiply_add<S: Simd, E: Packed, const C: usize, const R: usize>(
     mut sums: [[S; C]; R],
     factors: Factors<'_>,
     vectors: &[f32],

@@ -21,7 +21,7 @@ use self::unit::{DEPTH, SIDE, Tile, Unit};
 use super::{
     super::{
         Level,
-        simd::{Simd, for_simd},
+        simd::{Simd, for_simd, pair},
         stored::Stored,
     },
     Layer,
@@ -220,10 +220,10 @@ unsafe fn pack_with<S: Simd>(x: &[bf16], inputs: usize, panel: &mut [MaybeUninit
             tiles.write([Tile::zeroed(); 2]);
         }
         // Eight rows, and the inputs of eight pairs.
-        for (row, pair) in (0..rows).step_by(8).flat_map(|row| [(row, 0), (row, 8)]) {
-            let input = step * DEPTH + 2 * pair;
-            let first = row / SIDE * SIDE * SIDE + pair * SIDE + row % SIDE;
-            // SAFETY: `first` is below 512, the words of two tiles: the row is below 32, and the pair is at most 8.
+        for (row, first_pair) in (0..rows).step_by(8).flat_map(|row| [(row, 0), (row, 8)]) {
+            let input = step * DEPTH + 2 * first_pair;
+            let first = row / SIDE * SIDE * SIDE + first_pair * SIDE + row % SIDE;
+            // SAFETY: `first` is below 512, the words of two tiles: the row is below 32, and the first pair is at most 8.
             let to = unsafe { tiles.as_mut_ptr().cast::<u32>().add(first) };
             if row + 8 <= rows && input + 16 <= inputs {
                 // SAFETY: the caller's condition; there are as many rows and inputs, and from `to` on the tile has eight
@@ -235,10 +235,10 @@ unsafe fn pack_with<S: Simd>(x: &[bf16], inputs: usize, panel: &mut [MaybeUninit
                 continue;
             }
             for (lane, row) in x.chunks(inputs).skip(row).take(8).enumerate() {
-                for (pair, inputs) in row[input.min(inputs)..].chunks(2).take(8).enumerate() {
-                    let second = inputs.get(1).map_or(0, |second| second.to_bits());
+                for (index, inputs) in row[input.min(inputs)..].chunks(2).take(8).enumerate() {
+                    let second = inputs.get(1).copied().unwrap_or(bf16::ZERO);
                     // SAFETY: one of eight pairs for eight rows.
-                    unsafe { *to.add(pair * SIDE + lane) = u32::from(second) << 16 | u32::from(inputs[0].to_bits()) };
+                    unsafe { *to.add(index * SIDE + lane) = pair(inputs[0], second) };
                 }
             }
         }

@@ -13,7 +13,7 @@ use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
         Level,
-        simd::{Portable, Simd, for_simd},
+        simd::{Portable, Simd, for_simd, pair},
         stored::{Stored, widen_slice},
     },
     Layer,
@@ -92,8 +92,7 @@ impl Term<bf16, bf16> for Pair {
     const INPUTS: usize = 2;
     #[inline(always)]
     fn of(inputs: &[bf16]) -> Self {
-        let second = inputs.get(1).map_or(0, |second| second.to_bits());
-        Self(u32::from(second) << 16 | u32::from(inputs[0].to_bits()))
+        Self(pair(inputs[0], inputs.get(1).copied().unwrap_or(bf16::ZERO)))
     }
     fn fill(_: Level, terms: &mut [Self], weights: &[bf16]) {
         let (pairs, rest) = weights.as_chunks::<2>();

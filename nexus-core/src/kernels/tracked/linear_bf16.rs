@@ -12,7 +12,7 @@ use super::{
     super::{
         Level, View,
         linear::Layer,
-        simd::{Simd, for_simd},
+        simd::{Simd, for_simd, pair},
         stored::Stored,
         wrap,
     },
@@ -111,13 +111,13 @@ unsafe fn turn<S: Simd>(values: &[bf16], columns: usize, rows: usize, to: &mut [
     let (whole_rows, whole_columns) = (rows - rows % (2 * SQUARE), count - count % SQUARE);
     for row in (0..whole_rows).step_by(2 * SQUARE) {
         for column in (0..whole_columns).step_by(SQUARE) {
-            // Pairs of neighbours in a column, the first in the low bits, are lanes of a row.
+            // Pairs of neighbours in a column are lanes of a row.
             let (mut pairs, mut lanes) = ([[0u32; SQUARE]; SQUARE], [[bf16::ZERO; 2 * SQUARE]; SQUARE]);
             for (i, pairs) in pairs.iter_mut().enumerate() {
                 let first = &values[(row + 2 * i) * columns + column..][..SQUARE];
                 let second = &values[(row + 2 * i + 1) * columns + column..][..SQUARE];
-                for ((pair, first), second) in pairs.iter_mut().zip(first).zip(second) {
-                    *pair = u32::from(second.to_bits()) << 16 | u32::from(first.to_bits());
+                for ((lane, first), second) in pairs.iter_mut().zip(first).zip(second) {
+                    *lane = pair(*first, *second);
                 }
             }
             // SAFETY: the caller's condition; both squares have eight times eight lanes of four bytes.
