@@ -245,6 +245,9 @@ mod tests {
             (5, 1, 9),
             (5, 13, 64),
             (17, 512, 65),
+            (18, 40, 50),
+            (35, 1030, 49),
+            (52, 513, 9),
             (48, 513, 8),
             (49, 100, 71),
             (33, 257, 49),
@@ -259,7 +262,7 @@ mod tests {
 
     #[test]
     fn nan_and_infinity_pass_through() {
-        for rows in [1, 60] {
+        for rows in [1, 50, 60] {
             let mut x = values([rows, 40], 1);
             x[3] = f32::NAN;
             let mut weight: Vec<bf16> = values([20, 40], 2).into_iter().map(bf16::from_f32).collect();
