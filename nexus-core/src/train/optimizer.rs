@@ -98,7 +98,8 @@ impl Optimizer {
             let AdamWOptions { betas, eps, weight_decay } = self.options;
             let (time, moments) = match state {
                 Some(AdamWState { momentum }) => (momentum.time + 1, [momentum.moment_1, momentum.moment_2]),
-                None => (1, [value.zeros_like(), value.zeros_like()]),
+                // Zeros that the system gives when they are first touched, by all threads; burn's are written twice before.
+                None => (1, [(); 2].map(|()| crate::kernels::wrap(vec![0.0f32; value.dims()[0]], value.dims()))),
             };
             let step = crate::kernels::AdamWStep { lr, betas, eps, weight_decay, time };
             let (value, [moment_1, moment_2]) = crate::kernels::adamw(value, &gradient, moments, &step);
