@@ -3,9 +3,9 @@
 //! A kernel is threaded with rayon and vectorised for the CPU that is found at run time ([`Level`]). It computes in f32:
 //! bf16 and f16 tensors are widened on the way in and rounded once on the way out, but for products of bf16 where the
 //! CPU has them. The plain burn formulation in `nn` is the oracle of the kernel's test, and what other backends take where
-//! `cube` has no kernel for them. f32 tensors on the autodiff device go through `tracked` (feature `train`), which gives the kernels
-//! their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with the condition
-//! that it relies on.
+//! `cube` has no kernel for them. f32 and bf16 tensors on the autodiff device go through `tracked` (feature `train`), which gives
+//! the kernels their backward passes. `unsafe` code of this crate lives here (and in the memory map), each block with the
+//! condition that it relies on.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
 #[cfg(feature = "train")]
