@@ -149,8 +149,9 @@ fn loss_again(model: &ArModel, batch: &TrainingBatch) -> Gradients {
 /// Gradients of activations in bf16 point where those in f32 do, and are as long.
 #[track_caller]
 fn check_bf16(rounded: &GradientSum, exact: &GradientSum, layout: &[(String, Vec<usize>)]) {
-    assert_eq!(rounded.len(), exact.len());
+    assert!(!exact.is_empty());
     for (name, _) in layout {
+        assert_eq!(rounded.get(name).is_some(), exact.get(name).is_some(), "{name}");
         let (Some(rounded), Some(exact)) = (rounded.get(name), exact.get(name)) else { continue };
         assert_eq!(rounded.dtype(), DType::F32, "{name}");
         let dot = |a: &Tensor<1>, b: &Tensor<1>| f64::from(value(&(a.clone() * b.clone()).sum()));

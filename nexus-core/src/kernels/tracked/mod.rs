@@ -194,6 +194,11 @@ mod tests {
         tensor.into_data().try_into_vec_as::<f32>().unwrap()
     }
 
+    /// Slopes of a result, which bf16 has.
+    fn slopes<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+        ramp(shape, 77).cast(DType::BF16).cast(DType::F32)
+    }
+
     /// The result and the gradients of the inputs that are tracked.
     fn run<const N: usize, const D: usize>(
         inputs: &[Tensor<3>; N],
@@ -207,7 +212,7 @@ mod tests {
             if tracked[index - 1] { input.require_grad() } else { input }
         });
         let result = function(inputs.clone());
-        let weights = Tensor::from_inner(ramp(result.dims(), 77));
+        let weights = Tensor::from_inner(slopes(result.dims())).cast(result.dtype());
         if tracked == [false; N] {
             return (values(result.inner()), vec![]);
         }
@@ -221,7 +226,8 @@ mod tests {
 
     /// Compares a kernel on the autodiff device with the plain formulation and with finite differences.
     ///
-    /// All inputs are tracked, then all but one, then none, at every level; a second run has the same bits.
+    /// All inputs are tracked, then all but one, then none, at every level; a second run has the same bits. Then all again
+    /// in bf16.
     pub(super) fn check<const N: usize, const D: usize>(
         shapes: [[usize; 3]; N],
         fast: impl Fn([Tensor<3>; N]) -> Tensor<D>,
@@ -249,9 +255,28 @@ mod tests {
                 }
                 assert_eq!((result, gradients), run(&inputs, tracked, &fast), "{what}: a second run");
             }
+            check_bf16(level, &inputs, &fast);
             Level::force(Level::detect_cpu());
         }
         differences(&inputs, &fast, &expected_gradients);
+    }
+
+    /// Compares a kernel on tensors of bf16 with itself on the same numbers in f32.
+    fn check_bf16<const N: usize, const D: usize>(
+        level: Level,
+        inputs: &[Tensor<3>; N],
+        fast: &impl Fn([Tensor<3>; N]) -> Tensor<D>,
+    ) {
+        let rounded = inputs.each_ref().map(|input| input.clone().cast(DType::BF16));
+        let (expected, expected_gradients) =
+            run(&rounded.each_ref().map(|input| input.clone().cast(DType::F32)), [true; N], fast);
+        let (result, gradients) = run(&rounded, [true; N], fast);
+        let drift = relative_drift(&result, &expected);
+        assert!(drift < 1e-2, "{level:?}, bf16: drift {drift:e} of the result");
+        for (i, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate() {
+            let drift = scaled_drift(gradient.as_ref().unwrap(), expected.as_ref().unwrap());
+            assert!(drift < 2e-2, "{level:?}, bf16: drift {drift:e} of the gradient of input {i}");
+        }
     }
 
     /// A drift relative to the largest value, or to one thousandth where all values are rounding.
@@ -269,7 +294,7 @@ mod tests {
         const STEP: f32 = 4e-3;
         let loss = |inputs: &[Tensor<3>; N]| {
             let result = function(inputs.each_ref().map(|input| Tensor::from_inner(input.clone()))).inner();
-            let weights = values(ramp(result.dims(), 77));
+            let weights = values(slopes(result.dims()));
             values(result).into_iter().zip(weights).map(|(y, w)| f64::from(y) * f64::from(w)).sum::<f64>()
         };
         for (i, expected) in expected.iter().enumerate() {
