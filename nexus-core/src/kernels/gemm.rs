@@ -1,7 +1,9 @@
 //! Products of matrices that lie in the cache: left rows with any strides, right rows of whole vectors -> sums.
+//!
+//! Inner elements are lanes, which hold what a [`Packed`] float says, in the bits of an f32.
 #![allow(unsafe_code)]
 
-use super::simd::Simd;
+use super::{packed::Packed, simd::Simd};
 
 /// Rows of sums that are computed together.
 const ROWS: usize = 6;
@@ -25,9 +27,9 @@ pub(crate) struct Right<'a> {
 /// `C` is how many vectors of columns are computed together; `n` is whole vectors.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`.
+/// The CPU has the instructions of `S`, and what [`Packed::multiply_add`] asks for.
 #[inline(always)]
-pub(crate) unsafe fn multiply_add<S: Simd, const C: usize>(
+pub(crate) unsafe fn multiply_add<S: Simd, E: Packed, const C: usize>(
     [m, n, k]: [usize; 3],
     left: Left<'_>,
     right: Right<'_>,
@@ -47,7 +49,7 @@ pub(crate) unsafe fn multiply_add<S: Simd, const C: usize>(
             macro_rules! tiles {
                 ($vectors:literal: $($rows:literal)*) => {
                     match (m - row).min(ROWS) {
-                        $($rows => panel::<S, $vectors, $rows>([row, column, k], left, right, sums, stride),)*
+                        $($rows => panel::<S, E, $vectors, $rows>([row, column, k], left, right, sums, stride),)*
                         _ => unreachable!("between one and {ROWS} rows"),
                     }
                 };
@@ -68,9 +70,9 @@ pub(crate) unsafe fn multiply_add<S: Simd, const C: usize>(
 /// One register tile of `R` rows and `C` vectors from `(row, column)` on.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`, and the tile is inside of the matrices.
+/// As [`multiply_add`], and the tile is inside of the matrices.
 #[inline(always)]
-unsafe fn panel<S: Simd, const C: usize, const R: usize>(
+unsafe fn panel<S: Simd, E: Packed, const C: usize, const R: usize>(
     [row, column, k]: [usize; 3],
     left: Left<'_>,
     right: Right<'_>,
@@ -96,7 +98,7 @@ unsafe fn panel<S: Simd, const C: usize, const R: usize>(
             for (i, totals) in totals.iter_mut().enumerate() {
                 let factor = S::splat(*a.add(i * left.strides[0]));
                 for (total, lanes) in totals.iter_mut().zip(lanes) {
-                    *total = lanes.mul_add(factor, *total);
+                    *total = E::multiply_add(factor, lanes, *total);
                 }
             }
             a = a.wrapping_add(left.strides[1]);

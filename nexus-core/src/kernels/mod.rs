@@ -18,6 +18,7 @@ mod gemm;
 mod level;
 mod linear;
 mod norm;
+mod packed;
 mod rotary;
 mod rows;
 mod simd;

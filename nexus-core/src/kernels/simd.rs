@@ -60,6 +60,23 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// Lanes rounded to bf16 as pairs with those of `second`.
+    ///
+    /// # Safety
+    /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
+    #[inline(always)]
+    unsafe fn paired(self, second: Self) -> Self {
+        let mut lanes = [[0.0; 16]; 2];
+        // SAFETY: no level has more than 16 lanes.
+        unsafe {
+            self.store(lanes[0].as_mut_ptr());
+            second.store(lanes[1].as_mut_ptr());
+            let [first, second] = lanes.map(|lanes| lanes.map(bf16::from_f32));
+            let pairs: [f32; 16] = std::array::from_fn(|lane| f32::from_bits(pair(first[lane], second[lane])));
+            Self::load(pairs.as_ptr())
+        }
+    }
+
     /// Writes eight rows of eight elements, unaligned, as columns, which begin `stride` elements apart.
     ///
     /// # Safety
@@ -117,6 +134,30 @@ pub(crate) trait Simd: Copy {
 #[inline(always)]
 pub(crate) fn pair(first: bf16, second: bf16) -> u32 {
     u32::from(second.to_bits()) << 16 | u32::from(first.to_bits())
+}
+
+/// `2^x` for `x` that is not positive; zero below -127, NaN for NaN.
+///
+/// # Safety
+/// The CPU has the instructions of `S`.
+///
+/// Source: Cephes (single/exp2f.c), the polynomial.
+#[inline(always)]
+pub(crate) unsafe fn exp2<S: Simd>(x: S) -> S {
+    /// Added to `n`, this leaves `n + 127` in the lowest bits.
+    const MAGIC: f32 = 12_582_912.0 + 127.0;
+    const POLYNOMIAL: [f32; 6] = [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0];
+    // SAFETY: the caller's condition.
+    unsafe {
+        let x = S::splat(-127.0).max(x);
+        let shifted = x.add(S::splat(MAGIC));
+        let fraction = x.sub(shifted.sub(S::splat(MAGIC)));
+        let mut value = S::splat(1.535_336_2e-4);
+        for coefficient in POLYNOMIAL {
+            value = value.mul_add(fraction, S::splat(coefficient));
+        }
+        value.mul(shifted.low_bits_as_exponent())
+    }
 }
 
 /// Eight lanes that any CPU can do.
@@ -387,6 +428,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_bf16(self, to: *mut bf16) {
             unsafe { to.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn paired(self, second: Self) -> Self {
+            // SAFETY: both types are 256 bits that may be anything.
+            let wide = |lanes: Self| unsafe {
+                _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(lanes.0)))
+            };
+            unsafe { Self(_mm512_castsi512_ps(_mm512_or_si512(wide(self), _mm512_slli_epi32::<16>(wide(second))))) }
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {

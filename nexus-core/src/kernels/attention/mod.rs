@@ -13,12 +13,17 @@ use burn::tensor::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use self::tile::{KEYS, Packed, ROWS, Rows, Scratch, Shape, Tile};
+pub(super) use self::tile::Shape;
+use self::tile::{KEYS, ROWS, Rows, Scratch, Tile};
+#[cfg(feature = "train")]
+pub(super) use self::tile::{pack_keys, parts};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::{
     Floats, Level, View,
+    packed::Packed,
     simd::{Portable, Simd},
+    stored::Stored,
     wrap, wrap_as,
 };
 use crate::nn::{Attention, Visibility};
@@ -41,11 +46,30 @@ pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &A
         return super::tracked::attention(q, k, v, options);
     }
     let level = Level::detect();
-    attention_at(level, level.multiplies_bf16(), [q, k, v], options)
+    Some(attention_at(level, level.multiplies_bf16(), [q, k, v], options)?.mixed)
+}
+
+/// What attention gives.
+pub(super) struct Attended {
+    /// `[batch, queries, heads * head_dim]`.
+    pub(super) mixed: Tensor<3>,
+    /// `log2(sum(exp(scores)))` of every query, `[batch, queries, heads]`.
+    #[cfg_attr(not(feature = "train"), expect(dead_code, reason = "for the backward pass"))]
+    pub(super) log_totals: Vec<f32>,
+}
+
+/// Whether q, k and v hold pairs of bf16 for [`Packed`].
+pub(super) fn hold_pairs(tensors: [&Tensor<4>; 3]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype() == DType::BF16 && tensor.dims()[3].is_multiple_of(bf16::PER_LANE))
 }
 
 /// [`attention`] with the instructions of `level`, which multiplies bf16 as `pairs` says.
-fn attention_at(level: Level, pairs: bool, [q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>) -> Option<Tensor<3>> {
+pub(super) fn attention_at(
+    level: Level,
+    pairs: bool,
+    [q, k, v]: [&Tensor<4>; 3],
+    options: &Attention<'_>,
+) -> Option<Attended> {
     let [batch, queries, heads, head_dim] = q.dims();
     let [_, keys, kv_heads, _] = k.dims();
     let fits = k.dims() == v.dims() && k.dims() == [batch, keys, kv_heads, head_dim];
@@ -78,13 +102,14 @@ fn attention_at(level: Level, pairs: bool, [q, k, v]: [&Tensor<4>; 3], options: 
         group: heads / kv_heads,
     };
     let (dtype, shape) = (q.dtype(), [batch, queries, heads * head_dim]);
-    let bf16 = [q, k, v].iter().all(|tensor| tensor.dtype() == DType::BF16) && head_dim.is_multiple_of(bf16::PER_LANE);
-    if bf16 && pairs {
+    if pairs && hold_pairs([q, k, v]) {
         let (q, k, v) = (Halves::of(q)?, Halves::of(k)?, Halves::of(v)?);
-        return Some(wrap(Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level), shape));
+        let (mixed, log_totals) = Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level);
+        return Some(Attended { mixed: wrap(mixed, shape), log_totals });
     }
     let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
-    Some(wrap_as(dtype, Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level), shape))
+    let (mixed, log_totals) = Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level);
+    Some(Attended { mixed: wrap_as(dtype, mixed, shape), log_totals })
 }
 
 /// A tensor, widened, whose last dimension lies in one piece.
@@ -106,19 +131,19 @@ impl Rowwise {
 }
 
 /// A tensor of bf16 whose last dimension lies in one piece.
-struct Halves {
+pub(super) struct Halves {
     view: View,
     dims: [usize; 4],
 }
 
 impl Halves {
-    fn of(tensor: &Tensor<4>) -> Option<Self> {
+    pub(super) fn of(tensor: &Tensor<4>) -> Option<Self> {
         let view = View::of(tensor)?;
         let view = if has_rows(view.strides()) { view } else { view.into_contiguous() };
         Some(Self { view, dims: tensor.dims() })
     }
 
-    fn rows(&self) -> Strided<'_, bf16> {
+    pub(super) fn rows(&self) -> Strided<'_, bf16> {
         Strided::new(self.view.values(), self.dims, self.view.strides())
     }
 }
@@ -139,6 +164,12 @@ pub(super) struct Strided<'a, E = f32> {
 impl<'a, E> Strided<'a, E> {
     fn new(values: &'a [E], dims: [usize; 4], strides: &[isize]) -> Self {
         Self { values, dims, strides: std::array::from_fn(|dim| strides[dim] as usize) }
+    }
+
+    /// Where a row is among the rows of a tensor in one piece.
+    #[inline(always)]
+    pub(super) fn index(&self, [batch, token, head]: [usize; 3]) -> usize {
+        (batch * self.dims[1] + token) * self.dims[2] + head
     }
 
     #[inline(always)]
@@ -201,44 +232,47 @@ impl<E: Packed> Call<'_, E> {
         tasks
     }
 
-    fn run(&self, spans: &[(Range<usize>, Range<usize>)], level: Level) -> Vec<E> {
-        let mut values = vec![E::default(); self.q.dims.iter().product()];
-        let output = Output { to: values.as_mut_ptr(), rows: self.q.dims[..3].iter().product(), len: self.q.dims[3] };
+    /// The mixed values and [`Attended::log_totals`].
+    fn run(&self, spans: &[(Range<usize>, Range<usize>)], level: Level) -> (Vec<E>, Vec<f32>) {
+        let [batch, queries, heads, head_dim] = self.q.dims;
+        let mut values = vec![E::default(); batch * queries * heads * head_dim];
+        let mut log_totals = vec![f32::NEG_INFINITY; batch * queries * heads];
+        let outputs = (Output::of(&mut values, head_dim), Output::of(&mut log_totals, 1));
         self.tasks(spans).par_iter().for_each_init(Vec::new, |scratch, task| match level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: levels come from `Level::detect`, and only pairs of bf16 need more.
-            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, scratch, &output) },
+            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, scratch, &outputs) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the CPU has just been asked for it.
-            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, scratch, &output) },
+            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, scratch, &outputs) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level is in the other.
-            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, scratch, &output) },
+            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, scratch, &outputs) },
             // SAFETY: every CPU has what this needs.
-            _ => unsafe { self.block::<Portable, 1>(task, scratch, &output, level) },
+            _ => unsafe { self.block::<Portable, 1>(task, scratch, &outputs, level) },
         });
-        values
+        (values, log_totals)
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
+    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx2, 2>(task, scratch, output, Level::Avx2) }
+        unsafe { self.block::<Avx2, 2>(task, scratch, outputs, Level::Avx2) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
+    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx512, 4>(task, scratch, output, Level::Avx512) }
+        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, Level::Avx512) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn avx512_bf16(&self, task: &Task, scratch: &mut Vec<f32>, output: &Output<E>) {
+    fn avx512_bf16(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx512, 4>(task, scratch, output, Level::Avx512) }
+        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, Level::Avx512) }
     }
 
     /// One task, with register tiles of [`ROWS`] rows by `C` vectors.
@@ -250,7 +284,7 @@ impl<E: Packed> Call<'_, E> {
         &self,
         task: &Task,
         scratch: &mut Vec<f32>,
-        output: &Output<E>,
+        outputs: &(Output<E>, Output<f32>),
         level: Level,
     ) {
         let (head_dim, Shared { scale, past, group, .. }) = (self.q.dims[3], self.shared);
@@ -304,9 +338,15 @@ impl<E: Packed> Call<'_, E> {
         }
         for (row, (mixed, total)) in mixed.chunks_mut(padded_dim).zip(total.iter()).enumerate() {
             let (query, head) = (task.queries.start + row / group, task.kv_head * group + row % group);
-            let index = (task.batch * self.q.dims[1] + query) * self.q.dims[2] + head;
+            let index = self.q.index([task.batch, query, head]);
+            for value in mixed.iter_mut() {
+                *value /= total;
+            }
             // SAFETY: no two tasks have the same query in the same head.
-            unsafe { output.write(level, index, mixed, *total) };
+            unsafe {
+                outputs.0.write(level, index, &mixed[..head_dim]);
+                outputs.1.write(level, index, &[largest[row] + total.log2()]);
+            }
         }
     }
 
@@ -350,8 +390,8 @@ impl<E: Packed> Call<'_, E> {
     }
 }
 
-/// The output, rows of `len` elements, written by tasks that own different rows.
-struct Output<E> {
+/// What tasks that own different rows write, rows of `len` elements.
+pub(super) struct Output<E> {
     to: *mut E,
     rows: usize,
     len: usize,
@@ -360,20 +400,21 @@ struct Output<E> {
 // SAFETY: the pointer is only used by `write`, whose callers own different rows.
 unsafe impl<E: Send> Sync for Output<E> {}
 
-impl<E: Packed> Output<E> {
-    /// Writes the weighted sum of values over the sum of weights.
+impl<E: Stored> Output<E> {
+    pub(super) fn of(values: &mut [E], len: usize) -> Self {
+        Self { to: values.as_mut_ptr(), rows: values.len() / len, len }
+    }
+
+    /// Rounds and writes a row.
     ///
     /// # Safety
-    /// No other task writes this row, and the memory is borrowed from its owner.
+    /// No other task writes this row, and nobody else uses the values meanwhile.
     #[inline(always)]
-    unsafe fn write(&self, level: Level, row: usize, mixed: &mut [f32], total: f32) {
-        assert!(row < self.rows && self.len <= mixed.len());
-        // SAFETY: the row is inside of the allocation of `rows * len` elements, and the caller's condition.
+    pub(super) unsafe fn write(&self, level: Level, row: usize, values: &[f32]) {
+        assert!(row < self.rows && self.len == values.len());
+        // SAFETY: the row is inside of the values, and the caller's condition.
         let to = unsafe { std::slice::from_raw_parts_mut(self.to.add(row * self.len), self.len) };
-        for value in mixed.iter_mut() {
-            *value /= total;
-        }
-        E::narrow_slice(level, &mixed[..self.len], to);
+        E::narrow_slice(level, values, to);
     }
 }
 
@@ -397,7 +438,7 @@ mod tests {
 
     fn check([q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
         for level in Level::available() {
-            assert_close(&attention_at(level, false, [q, k, v], options).unwrap(), expected, 2e-6);
+            assert_close(&attention_at(level, false, [q, k, v], options).unwrap().mixed, expected, 2e-6);
         }
     }
 
@@ -471,8 +512,8 @@ mod tests {
             let wide = [&q, &k, &v].map(|tensor| tensor.clone().cast(DType::F32));
             for level in Level::available() {
                 let options = Attention { visibility: Visibility::Causal, ..Default::default() };
-                let mixed = attention_at(level, false, [&q, &k, &v], &options).unwrap();
-                let expected = attention_at(level, false, wide.each_ref(), &options).unwrap();
+                let mixed = attention_at(level, false, [&q, &k, &v], &options).unwrap().mixed;
+                let expected = attention_at(level, false, wide.each_ref(), &options).unwrap().mixed;
                 assert_eq!(mixed.into_data(), expected.cast(dtype).into_data(), "{level:?}");
             }
         }
@@ -481,7 +522,7 @@ mod tests {
     /// What pairs of bf16 give at every level, beside the same in f64.
     fn check_pairs([q, k, v]: [&Tensor<4>; 3], options: &Attention<'_>, expected: &[f32], most: f32) {
         for level in Level::available() {
-            let mixed = attention_at(level, true, [q, k, v], options).unwrap();
+            let mixed = attention_at(level, true, [q, k, v], options).unwrap().mixed;
             assert_eq!(mixed.dtype(), DType::BF16);
             assert_close(&mixed.cast(DType::F32), expected, most);
         }
@@ -538,7 +579,8 @@ mod tests {
     fn an_odd_head_of_bf16_is_widened() {
         let [q, k, v] = qkv([1, 9, 20, 1, 1, 7]).map(|tensor| tensor.cast(DType::BF16));
         let options = Attention::default();
-        let mixed = [true, false].map(|pairs| attention_at(Level::detect(), pairs, [&q, &k, &v], &options).unwrap());
+        let mixed =
+            [true, false].map(|pairs| attention_at(Level::detect(), pairs, [&q, &k, &v], &options).unwrap().mixed);
         let [one, other] = mixed.map(Tensor::into_data);
         assert_eq!(one, other);
     }
@@ -576,7 +618,7 @@ mod tests {
             for pairs in [false, true] {
                 let nan_rows = |q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>| -> Vec<usize> {
                     let stored = [q, k, v].map(|x| if pairs { x.clone().cast(DType::BF16) } else { x.clone() });
-                    let mixed = attention_at(level, pairs, stored.each_ref(), &Attention::default()).unwrap();
+                    let mixed = attention_at(level, pairs, stored.each_ref(), &Attention::default()).unwrap().mixed;
                     let values = mixed.cast(DType::F32).into_data().try_into_vec::<f32>().unwrap();
                     let rows = values.chunks(8).enumerate();
                     rows.filter(|(_, row)| row.iter().all(|value| value.is_nan())).map(|(row, _)| row).collect()
@@ -597,11 +639,11 @@ mod tests {
         for level in Level::available() {
             for dtype in [DType::F32, DType::BF16] {
                 let [q, k, v] = [&q, &k, &v].map(|tensor| tensor.clone().cast(dtype));
-                let whole = attention_at(level, true, [&q, &k, &v], &options).unwrap();
+                let whole = attention_at(level, true, [&q, &k, &v], &options).unwrap().mixed;
                 for (start, end) in [(0, 1), (41, 42), (7, 80), (95, 100)] {
                     let past = |x: &Tensor<4>| x.clone().narrow(1, 0, end);
                     let q = q.clone().narrow(1, start, end - start);
-                    let part = attention_at(level, true, [&q, &past(&k), &past(&v)], &options).unwrap();
+                    let part = attention_at(level, true, [&q, &past(&k), &past(&v)], &options).unwrap().mixed;
                     assert_eq!(part.into_data(), whole.clone().narrow(1, start, end - start).into_data());
                 }
             }

@@ -5,11 +5,9 @@
 //! says; whatever that is, its bits travel as those of an f32.
 #![allow(unsafe_code)]
 
-use half::bf16;
-
 use super::super::{
-    simd::{Simd, pair},
-    stored::Stored,
+    packed::Packed,
+    simd::{Simd, exp2},
 };
 
 /// Rows of scores that are computed together.
@@ -17,88 +15,15 @@ pub(super) const ROWS: usize = 6;
 /// Keys of a tile; whole panels at every level.
 pub(super) const KEYS: usize = 64;
 
-/// A float of which lanes of 32 bits hold one or two, and what a lane does with them.
-pub(super) trait Packed: Stored {
-    /// Values of a lane.
-    const PER_LANE: usize;
-    /// `total` plus the products of what lies in the lanes.
-    ///
-    /// # Safety
-    /// As for [`Simd::mul_add`], or for [`Simd::add_pair_products`] if a lane holds two values.
-    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S;
-    /// Lanes of values that are neighbours in a row.
-    fn pack(row: &[Self], lanes: &mut [f32]);
-    /// Lanes of values of two rows in the same column, where a lane holds two; a missing second row is zero.
-    fn interleave(first: &[Self], second: &[Self], lanes: &mut [f32]);
-    /// Makes lanes of values, in place, so that they fill the beginning; the values are whole vectors.
-    ///
-    /// # Safety
-    /// As for [`Simd::store_bf16`] if a lane holds two values.
-    unsafe fn round<S: Simd>(values: &mut [f32]);
-}
-
-impl Packed for f32 {
-    const PER_LANE: usize = 1;
-    #[inline(always)]
-    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
-        // SAFETY: the caller's condition.
-        unsafe { x.mul_add(y, total) }
-    }
-    #[inline(always)]
-    fn pack(row: &[Self], lanes: &mut [f32]) {
-        lanes.copy_from_slice(row);
-    }
-    #[inline(always)]
-    fn interleave(first: &[Self], _: &[Self], lanes: &mut [f32]) {
-        lanes.copy_from_slice(first);
-    }
-    #[inline(always)]
-    unsafe fn round<S: Simd>(_: &mut [f32]) {}
-}
-
-impl Packed for bf16 {
-    const PER_LANE: usize = 2;
-    #[inline(always)]
-    unsafe fn multiply_add<S: Simd>(x: S, y: S, total: S) -> S {
-        // SAFETY: the caller's condition.
-        unsafe { x.add_pair_products(y, total) }
-    }
-    #[inline(always)]
-    fn pack(row: &[Self], lanes: &mut [f32]) {
-        for (lane, two) in lanes.iter_mut().zip(row.as_chunks::<2>().0) {
-            *lane = f32::from_bits(pair(two[0], two[1]));
-        }
-    }
-    #[inline(always)]
-    fn interleave(first: &[Self], second: &[Self], lanes: &mut [f32]) {
-        if second.is_empty() {
-            for (lane, &first) in lanes.iter_mut().zip(first) {
-                *lane = f32::from_bits(pair(first, Self::ZERO));
-            }
-        }
-        for ((lane, &first), &second) in lanes.iter_mut().zip(first).zip(second) {
-            *lane = f32::from_bits(pair(first, second));
-        }
-    }
-    #[inline(always)]
-    unsafe fn round<S: Simd>(values: &mut [f32]) {
-        let from = values.as_mut_ptr();
-        for start in (0..values.len()).step_by(S::LANES) {
-            // SAFETY: the caller's condition; what is written ends where it was read, or before.
-            unsafe { S::load(from.add(start)).store_bf16(from.cast::<Self>().add(start)) };
-        }
-    }
-}
-
 /// Lengths in the packed layouts of one call.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Shape {
+pub(in super::super) struct Shape {
     /// Lanes of a head's elements.
-    pub(super) lanes: usize,
+    pub(in super::super) lanes: usize,
     /// Elements of a head, rounded up to whole vectors.
-    pub(super) padded_dim: usize,
+    pub(in super::super) padded_dim: usize,
     /// Keys in a panel of packed keys, and columns in a panel of packed values.
-    pub(super) panel: usize,
+    pub(in super::super) panel: usize,
 }
 
 /// A packed tile of keys and values; what is beyond the keys and the head is any number.
@@ -134,10 +59,8 @@ pub(super) struct Scratch<'a> {
 }
 
 impl<'a> Scratch<'a> {
-    /// Parts of `memory`, which grows as needed, for tasks of one shape; their content is whatever was there.
+    /// [`parts`] for tasks of one shape.
     pub(super) fn new(memory: &'a mut Vec<f32>, shape: Shape, rows: usize) -> Self {
-        /// Elements of a cache line; parts begin at one.
-        const LINE: usize = 16;
         let lens = [
             rows * shape.lanes,
             KEYS * shape.lanes,
@@ -147,34 +70,40 @@ impl<'a> Scratch<'a> {
             rows,
             rows * shape.padded_dim,
         ];
-        let needed = lens.iter().map(|len| len.next_multiple_of(LINE)).sum::<usize>() + LINE;
-        if memory.len() < needed {
-            *memory = vec![0.0; needed];
-        }
-        let start = memory.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
-        let mut rest = &mut memory[start..];
-        let parts = lens.map(|len| {
-            let (part, after) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(LINE));
-            rest = after;
-            &mut part[..len]
-        });
-        let [queries, keys, values, scores, largest, total, mixed] = parts;
+        let [queries, keys, values, scores, largest, total, mixed] = parts(memory, lens);
         Self { queries, keys, values, scores, largest, total, mixed }
     }
 }
 
-/// Writes the keys of a tile, `[head_dim]` each, as [`Tile::keys`].
+/// Parts of `memory`, which grows as needed, each from a cache line on; their content is whatever was there.
+pub(in super::super) fn parts<const N: usize>(memory: &mut Vec<f32>, lens: [usize; N]) -> [&mut [f32]; N] {
+    /// Elements of a cache line.
+    const LINE: usize = 16;
+    let needed = lens.iter().map(|len| len.next_multiple_of(LINE)).sum::<usize>() + LINE;
+    if memory.len() < needed {
+        *memory = vec![0.0; needed];
+    }
+    let start = memory.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+    let mut rest = &mut memory[start..];
+    lens.map(|len| {
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(LINE));
+        rest = after;
+        &mut part[..len]
+    })
+}
+
+/// Writes keys, `[head_dim]` each, as [`Tile::keys`].
 ///
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn pack_keys<'k, S: Simd, E: Packed>(
+pub(in super::super) unsafe fn pack_keys<'k, S: Simd, E: Packed>(
     shape: Shape,
     keys: usize,
     key: impl Fn(usize) -> &'k [E],
     to: &mut [f32],
 ) {
-    assert!(keys <= KEYS && to.len() >= KEYS * shape.lanes && shape.panel.is_multiple_of(8));
+    assert!(to.len() >= keys.next_multiple_of(shape.panel) * shape.lanes && shape.panel.is_multiple_of(8));
     let transposed = shape.lanes - shape.lanes % 8;
     for first in (0..keys).step_by(8) {
         // A missing key repeats the last one: nobody sees it.
@@ -385,29 +314,5 @@ unsafe fn store<S: Simd, const C: usize, const R: usize>(sums: [[S; C]; R], to: 
             // SAFETY: the caller's condition; the last row is inside of the slice.
             unsafe { sum.store(to.as_mut_ptr().add(row * stride + column * S::LANES)) };
         }
-    }
-}
-
-/// `2^x` for `x` that is not positive; zero below -127, NaN for NaN.
-///
-/// # Safety
-/// The CPU has the instructions of `S`.
-///
-/// Source: Cephes (single/exp2f.c), the polynomial.
-#[inline(always)]
-unsafe fn exp2<S: Simd>(x: S) -> S {
-    /// Added to `n`, this leaves `n + 127` in the lowest bits.
-    const MAGIC: f32 = 12_582_912.0 + 127.0;
-    const POLYNOMIAL: [f32; 6] = [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0];
-    // SAFETY: the caller's condition.
-    unsafe {
-        let x = S::splat(-127.0).max(x);
-        let shifted = x.add(S::splat(MAGIC));
-        let fraction = x.sub(shifted.sub(S::splat(MAGIC)));
-        let mut value = S::splat(1.535_336_2e-4);
-        for coefficient in POLYNOMIAL {
-            value = value.mul_add(fraction, S::splat(coefficient));
-        }
-        value.mul(shifted.low_bits_as_exponent())
     }
 }

@@ -1,10 +1,13 @@
 //! Attention with its backward pass: tracked q, k, v -> mixed values.
 //!
-//! Backward, the softmax is computed again for a block of queries at a time. A task owns one key/value head of one
-//! span of keys, so no two tasks add to the same gradient.
+//! Backward, weights are computed again for a block of rows and keys at a time, from what the forward pass kept of their
+//! sums. A task owns one key/value head of one span of keys, so no two tasks add to the same gradient. bf16 is multiplied
+//! as such where the CPU does that, with weights and their slopes rounded to bf16; all else is in f32.
+//!
+//! Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 4.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
+use std::{f32::consts::LOG2_E, ops::Range};
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -14,22 +17,20 @@ use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
         Level,
-        attention::{Rowwise, Strided, attention as plain_kernel},
-        elementwise::exp,
+        attention::{Attended, Halves, Output, Rowwise, Shape, Strided, attention_at, hold_pairs, pack_keys, parts},
         gemm::{Left, Right, multiply_add},
-        simd::{Portable, Simd},
+        packed::Packed,
+        simd::{Portable, Simd, exp2},
         wrap,
     },
-    Operand, Parent, gradient, parents, record,
+    Gradient, Operand, Parent, gradient, parents, record,
 };
 use crate::nn::{Attention, Visibility};
 
-/// Elements of a block of scores, which stays in the cache.
-const BLOCK_SCORES: usize = 16 * 1024;
-/// Most rows of a block.
-const MAX_ROWS: usize = 96;
-/// Rows of a register tile; blocks are multiples of it.
-const TILE_ROWS: usize = 6;
+/// Rows of a block of scores: whole register tiles, and pairs.
+const ROWS: usize = 48;
+/// Keys of a block of scores: whole vectors of any level, and pairs.
+const KEYS: usize = 128;
 
 /// Attention without bias; with one it is left to the plain formulation.
 ///
@@ -45,7 +46,10 @@ pub(in super::super) fn attention(
         return None;
     }
     let (q, k, v) = (Operand::of(q)?, Operand::of(k)?, Operand::of(v)?);
-    let mixed = plain_kernel(&q.value, &k.value, &v.value, options)?;
+    let level = Level::detect();
+    let inputs = [&q.value, &k.value, &v.value];
+    let Attended { mixed, log_totals } = attention_at(level, level.multiplies_bf16(), inputs, options)?;
+    let inputs = inputs.map(Tensor::clone);
     let ([_, queries, _, head_dim], [_, keys, ..]) = (q.value.dims(), k.value.dims());
     let (spans, past) = match options.visibility {
         Visibility::All => (vec![(0..queries, 0..keys)], None),
@@ -55,84 +59,40 @@ pub(in super::super) fn attention(
         }
     };
     let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()) as f32;
-    let inputs = [q.value.clone(), k.value.clone(), v.value.clone()];
-    Some(record(parents![q, k, v], mixed, move |upstream, wanted| {
-        backward(Level::detect(), &inputs, upstream, (&spans, past, scale), wanted)
+    let kept: Tensor<4> = mixed.clone().reshape(q.value.dims());
+    Some(record(parents![q, k, v], mixed, move |upstream: Tensor<3>, wanted| {
+        let ([q, k, v], upstream) = (&inputs, upstream.reshape(kept.dims()));
+        let shared = Shared { log_totals: &log_totals, scale, past, wanted };
+        if level.multiplies_bf16() && hold_pairs([q, k, v]) {
+            let halves = |tensor| Halves::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
+            let tensors = [q, k, v, &upstream, &kept].map(halves);
+            return Call { tensors: tensors.each_ref().map(Halves::rows), shared }.run(level, &spans);
+        }
+        let rowwise = |tensor| Rowwise::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
+        let tensors = [q, k, v, &upstream, &kept].map(rowwise);
+        Call { tensors: tensors.each_ref().map(Rowwise::rows), shared }.run(level, &spans)
     }))
 }
 
 /// Queries and the keys that they may see.
 type Span = (Range<usize>, Range<usize>);
 
-fn backward(
-    level: Level,
-    [q, k, v]: &[Tensor<4>; 3],
-    upstream: Tensor<3>,
-    (spans, past, scale): (&[Span], Option<usize>, f32),
-    wanted: [bool; 3],
-) -> [Option<super::Gradient>; 3] {
-    let ([batch, _, heads, _], [_, _, kv_heads, _]) = (q.dims(), k.dims());
-    let upstream: Tensor<4> = upstream.reshape(q.dims());
-    let (rowwise_q, rowwise_k) = (Rowwise::of(q), Rowwise::of(k));
-    let (rowwise_v, rowwise_upstream) = (Rowwise::of(v), Rowwise::of(&upstream));
-    let (Some(rows_q), Some(rows_k), Some(rows_v), Some(rows_upstream)) =
-        (&rowwise_q, &rowwise_k, &rowwise_v, &rowwise_upstream)
-    else {
-        unreachable!("the forward kernel read tensors of this kind")
-    };
-    let call = Call {
-        q: rows_q.rows(),
-        k: rows_k.rows(),
-        v: rows_v.rows(),
-        upstream: rows_upstream.rows(),
-        scale,
-        past,
-        group: heads / kv_heads,
-        wanted,
-    };
-    let mut gradients = [q, k, v].map(|input| vec![0.0f32; input.shape().num_elements()]);
-    let outputs = gradients.each_mut().map(|values| Output { to: values.as_mut_ptr(), len: values.len() });
-    let tasks: Vec<(usize, usize, &Span)> = (0..batch)
-        .flat_map(|batch| (0..kv_heads).flat_map(move |head| spans.iter().map(move |span| (batch, head, span))))
-        .filter(|(_, _, (queries, keys))| !queries.is_empty() && !keys.is_empty())
-        .collect();
-    tasks.par_iter().for_each_init(Vec::new, |memory, &(batch, kv_head, span)| {
-        let task = Task { batch, kv_head, queries: span.0.clone(), keys: span.1.clone() };
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            Level::Avx512 => unsafe { call.avx512(&task, memory, &outputs) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Level::Avx2 => unsafe { call.avx2(&task, memory, &outputs) },
-            // SAFETY: every CPU has what this needs.
-            _ => unsafe { call.run::<Portable, 1>(&task, memory, &outputs) },
-        }
-    });
-    let [of_q, of_k, of_v] = gradients;
-    [
-        wanted[0].then(|| gradient(wrap(of_q, q.dims()))),
-        wanted[1].then(|| gradient(wrap(of_k, k.dims()))),
-        wanted[2].then(|| gradient(wrap(of_v, v.dims()))),
-    ]
+/// Inputs of one call.
+struct Call<'a, E> {
+    /// q, k, v, the gradient of the mixed values and those: `[batch, queries or keys, heads, head_dim]`.
+    tensors: [Strided<'a, E>; 5],
+    shared: Shared<'a>,
 }
 
-/// Inputs of one call.
-struct Call<'a> {
-    /// `[batch, queries, heads, head_dim]`.
-    q: Strided<'a>,
-    /// `[batch, keys, kv_heads, head_dim]`.
-    k: Strided<'a>,
-    /// As `k`.
-    v: Strided<'a>,
-    /// Gradient of the mixed values; as `q`.
-    upstream: Strided<'a>,
+/// What does not depend on how values are stored.
+#[derive(Clone, Copy)]
+struct Shared<'a> {
+    /// See [`Attended`].
+    log_totals: &'a [f32],
     /// Factor of the scores.
     scale: f32,
     /// Keys before the first query, if a query sees none after itself.
     past: Option<usize>,
-    /// Query heads per key/value head.
-    group: usize,
     /// Whether the gradients of q, k and v are wanted.
     wanted: [bool; 3],
 }
@@ -141,209 +101,322 @@ struct Call<'a> {
 struct Task {
     batch: usize,
     kv_head: usize,
+    /// Query heads per key/value head.
+    group: usize,
     queries: Range<usize>,
     keys: Range<usize>,
 }
 
-/// A gradient, written by tasks that own different rows.
-struct Output {
-    to: *mut f32,
-    len: usize,
-}
+impl Task {
+    fn row(&self, row: usize) -> [usize; 3] {
+        [self.batch, self.queries.start + row / self.group, self.kv_head * self.group + row % self.group]
+    }
 
-// SAFETY: the pointer is only used by `write`, whose callers own different rows.
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// # Safety
-    /// No other task writes this row, and the memory is borrowed from its owner.
-    #[inline(always)]
-    unsafe fn write(&self, row: usize, values: &[f32], factor: f32) {
-        assert!((row + 1) * values.len() <= self.len);
-        // SAFETY: inside of the allocation, and the caller's condition.
-        let to = unsafe { std::slice::from_raw_parts_mut(self.to.add(row * values.len()), values.len()) };
-        for (to, value) in to.iter_mut().zip(values) {
-            *to = value * factor;
-        }
+    fn key(&self, key: usize) -> [usize; 3] {
+        [self.batch, self.keys.start + key, self.kv_head]
     }
 }
 
-impl Call<'_> {
+impl<'a, E: Packed> Call<'a, E> {
+    fn run(&self, level: Level, spans: &[Span]) -> [Option<Gradient>; 3] {
+        let [q, k, v, ..] = self.tensors;
+        let ([batch, _, heads, head_dim], [_, _, kv_heads, _]) = (q.dims, k.dims);
+        let mut gradients = [q, k, v].map(|input| vec![E::default(); input.dims.iter().product()]);
+        let outputs = gradients.each_mut().map(|values| Output::of(values, head_dim));
+        let heads_of = |batch| (0..kv_heads).map(move |kv_head| (batch, kv_head));
+        let tasks: Vec<Task> = (0..batch)
+            .flat_map(heads_of)
+            .flat_map(|(batch, kv_head)| {
+                spans.iter().map(move |(queries, keys)| Task {
+                    batch,
+                    kv_head,
+                    group: heads / kv_heads,
+                    queries: queries.clone(),
+                    keys: keys.clone(),
+                })
+            })
+            .filter(|task| !task.queries.is_empty() && !task.keys.is_empty())
+            .collect();
+        tasks.par_iter().for_each_init(Vec::new, |memory, task| match level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: levels come from `Level::detect`, and only pairs of bf16 need more.
+            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, memory, &outputs) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the CPU has just been asked for it.
+            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, memory, &outputs) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level is in the other.
+            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, memory, &outputs) },
+            // SAFETY: every CPU has what this needs.
+            _ => unsafe { self.task::<Portable, 1>(task, memory, &outputs, level) },
+        });
+        let mut dims = [q.dims, k.dims, v.dims].into_iter().zip(self.shared.wanted);
+        gradients.map(|values| {
+            let (dims, wanted) = dims.next()?;
+            wanted.then(|| gradient(wrap(values, dims)))
+        })
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output; 3]) {
+    fn avx2(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
         // SAFETY: this function has the instructions.
-        unsafe { self.run::<Avx2, 2>(task, memory, outputs) }
+        unsafe { self.task::<Avx2, 2>(task, memory, outputs, Level::Avx2) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output; 3]) {
+    fn avx512(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
         // SAFETY: this function has the instructions.
-        unsafe { self.run::<Avx512, 4>(task, memory, outputs) }
+        unsafe { self.task::<Avx512, 4>(task, memory, outputs, Level::Avx512) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn avx512_bf16(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
+        // SAFETY: this function has the instructions.
+        unsafe { self.task::<Avx512, 4>(task, memory, outputs, Level::Avx512) }
     }
 
     /// # Safety
-    /// The CPU has the instructions of `S`.
+    /// The CPU has the instructions of `S` and of `level`, and what [`Packed`] asks for.
     #[inline(always)]
-    unsafe fn run<S: Simd, const C: usize>(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output; 3]) {
-        let dim = self.q.dims[3];
-        let (width, keys) = (dim.next_multiple_of(S::LANES), task.keys.len());
-        let columns = keys.next_multiple_of(S::LANES);
-        let rows = task.queries.len() * self.group;
-        let block = (BLOCK_SCORES / columns).clamp(TILE_ROWS, MAX_ROWS) / TILE_ROWS * TILE_ROWS;
-        let lens = [
-            rows * width,
-            rows * width,
-            keys * width,
-            dim * columns,
-            dim * columns,
-            block * columns,
-            block * columns,
-            block * width,
-            keys * width,
-            keys * width,
-        ];
-        memory.clear();
-        memory.resize(lens.iter().sum(), 0.0);
-        let mut rest = &mut memory[..];
-        let [queries, upstream, keys_by_row, keys_by_column, values_by_column, weights, slopes, of_q, of_k, of_v] =
-            lens.map(|len| {
-                let (part, after) = std::mem::take(&mut rest).split_at_mut(len);
-                rest = after;
-                part
-            });
-        let place = |row: usize| {
-            [task.batch, task.queries.start + row / self.group, task.kv_head * self.group + row % self.group]
-        };
-        for row in 0..rows {
-            for (to, value) in queries[row * width..].iter_mut().zip(self.q.row(place(row))) {
-                *to = value * self.scale;
-            }
-            upstream[row * width..][..dim].copy_from_slice(self.upstream.row(place(row)));
-        }
-        for key in 0..keys {
-            let at = [task.batch, task.keys.start + key, task.kv_head];
-            keys_by_row[key * width..][..dim].copy_from_slice(self.k.row(at));
-            for (element, value) in self.k.row(at).iter().enumerate() {
-                keys_by_column[element * columns + key] = *value;
-            }
-            for (element, value) in self.v.row(at).iter().enumerate() {
-                values_by_column[element * columns + key] = *value;
+    unsafe fn task<S: Simd, const C: usize>(
+        &self,
+        task: &Task,
+        memory: &mut Vec<f32>,
+        outputs: &[Output<E>; 3],
+        level: Level,
+    ) {
+        let ([q, k, v, upstream, mixed], Shared { log_totals, scale, past, wanted }) = (self.tensors, self.shared);
+        let (rows, keys) = (task.queries.len() * task.group, task.keys.len());
+        let (lanes, width) = (q.dims[3] / E::PER_LANE, q.dims[3].next_multiple_of(S::LANES));
+        let Scratch { of_rows, means, of_q, k_by_column, v_by_column, k_by_term, of_k, of_v, weights, slopes, pairs } =
+            Scratch::new::<E>(memory, rows, lanes, width);
+        let [q_by_row, q_by_term, upstream_by_row, upstream_by_term] = of_rows;
+        for (by_row, tensor) in [(&mut *q_by_row, q), (&mut *upstream_by_row, upstream)] {
+            for (row, to) in by_row.chunks_exact_mut(lanes).enumerate() {
+                E::pack(tensor.row(task.row(row)), to);
             }
         }
-        let seen = |row: usize| match self.past {
-            Some(past) => keys.min(past + row / self.group + 1),
-            None => keys,
-        };
-        for first in (0..rows).step_by(block) {
-            let count = block.min(rows - first);
-            let most = seen(first + count - 1);
-            let padded = most.next_multiple_of(S::LANES);
-            let right = |values, stride| Right { values, stride };
-            let queries = &queries[first * width..];
-            let upstream = &upstream[first * width..];
-            weights.fill(0.0);
-            slopes.fill(0.0);
-            of_q.fill(0.0);
-            let by_row = |values, stride| Left { values, strides: [stride, 1] };
+        pack_terms(rows, |row| q.row(task.row(row)), width, q_by_term);
+        pack_terms(rows, |row| upstream.row(task.row(row)), width, upstream_by_term);
+        for (row, mean) in means.iter_mut().enumerate() {
             // SAFETY: the caller's condition, here and below.
+            *mean = unsafe { dot::<S, E>(upstream.row(task.row(row)), mixed.row(task.row(row))) };
+        }
+        fn by_row(values: &[f32], stride: usize) -> Left<'_> {
+            Left { values, strides: [stride, 1] }
+        }
+        fn turned(values: &[f32]) -> Left<'_> {
+            Left { values, strides: [1, KEYS] }
+        }
+        fn right(values: &[f32], stride: usize) -> Right<'_> {
+            Right { values, stride }
+        }
+        of_q.fill(0.0);
+        for start in (0..keys).step_by(KEYS) {
+            let count = KEYS.min(keys - start);
+            let shape = Shape { lanes, padded_dim: width, panel: KEYS };
+            let row = |tensor: Strided<'a, E>| move |key| tensor.row(task.key(start + key));
+            // SAFETY: as above.
             unsafe {
-                let shape = [count, padded, dim];
-                multiply_add::<S, C>(shape, by_row(queries, width), right(keys_by_column, columns), weights, columns);
-                multiply_add::<S, C>(shape, by_row(upstream, width), right(values_by_column, columns), slopes, columns);
+                pack_keys::<S, E>(shape, count, row(k), k_by_column);
+                pack_keys::<S, E>(shape, count, row(v), v_by_column);
             }
-            let blocks = weights.chunks_exact_mut(columns).zip(slopes.chunks_exact_mut(columns));
-            for (row, (weights, slopes)) in blocks.take(count).enumerate() {
-                let visible = seen(first + row);
-                // SAFETY: the caller's condition.
+            pack_terms(count, row(k), width, k_by_term);
+            of_k.fill(0.0);
+            of_v.fill(0.0);
+            for first in (0..rows).step_by(ROWS) {
+                let live = ROWS.min(rows - first);
+                let visible = |row: usize| {
+                    let seen = past.map_or(keys, |past| keys.min(past + (first + row) / task.group + 1));
+                    seen.saturating_sub(start).min(count)
+                };
+                let most = visible(live - 1);
+                if most == 0 {
+                    continue;
+                }
+                let (padded, term) = (most.next_multiple_of(S::LANES), first / E::PER_LANE);
+                weights.fill(0.0);
+                slopes.fill(0.0);
+                // SAFETY: as above.
                 unsafe {
-                    softmax::<S>(&mut weights[..padded], visible);
-                    if self.wanted[0] || self.wanted[1] {
-                        // Slopes become those of the scores; the weights are needed for the values.
-                        scale_slopes::<S>(&weights[..padded], &mut slopes[..padded]);
+                    let (shape, from) = ([live, padded, lanes], first * lanes);
+                    let left = [&q_by_row[from..], &upstream_by_row[from..]].map(|values| by_row(values, lanes));
+                    multiply_add::<S, E, C>(shape, left[0], right(k_by_column, KEYS), weights, KEYS);
+                    multiply_add::<S, E, C>(shape, left[1], right(v_by_column, KEYS), slopes, KEYS);
+                }
+                let blocks = weights.chunks_exact_mut(KEYS).zip(slopes.chunks_exact_mut(KEYS));
+                for (row, (weights, slopes)) in blocks.take(live).enumerate() {
+                    let log_total = log_totals[q.index(task.row(first + row))];
+                    let (weights, slopes) = (&mut weights[..padded], &mut slopes[..padded]);
+                    // SAFETY: as above.
+                    unsafe { weigh::<S>(weights, slopes, visible(row), [scale, log_total, means[first + row]]) };
+                }
+                // SAFETY: as above.
+                unsafe {
+                    let shape = [most, width, live.div_ceil(E::PER_LANE)];
+                    if wanted[2] {
+                        let left = turned(pair_rows::<S, E>([live, padded], weights, pairs));
+                        multiply_add::<S, E, C>(
+                            shape,
+                            left,
+                            right(&upstream_by_term[term * width..], width),
+                            of_v,
+                            width,
+                        );
+                    }
+                    if wanted[1] {
+                        let left = turned(pair_rows::<S, E>([live, padded], slopes, pairs));
+                        multiply_add::<S, E, C>(shape, left, right(&q_by_term[term * width..], width), of_k, width);
+                    }
+                    if wanted[0] {
+                        for row in slopes.chunks_exact_mut(KEYS).take(live) {
+                            E::round::<S>(&mut row[..padded]);
+                        }
+                        let (shape, of_q) = ([live, width, most.div_ceil(E::PER_LANE)], &mut of_q[first * width..]);
+                        multiply_add::<S, E, C>(shape, by_row(slopes, KEYS), right(k_by_term, width), of_q, width);
                     }
                 }
             }
-            let turned = |values| Left { values, strides: [1, columns] };
-            // SAFETY: the caller's condition.
-            unsafe {
-                if self.wanted[0] {
-                    let left = by_row(&*slopes, columns);
-                    multiply_add::<S, C>([count, width, most], left, right(keys_by_row, width), of_q, width);
-                }
-                if self.wanted[1] {
-                    multiply_add::<S, C>([most, width, count], turned(&*slopes), right(queries, width), of_k, width);
-                }
-                if self.wanted[2] {
-                    multiply_add::<S, C>([most, width, count], turned(&*weights), right(upstream, width), of_v, width);
-                }
-            }
-            if self.wanted[0] {
-                for row in 0..count {
-                    let [batch, query, head] = place(first + row);
-                    let index = (batch * self.q.dims[1] + query) * self.q.dims[2] + head;
-                    // SAFETY: no other task has this query in this head.
-                    unsafe { outputs[0].write(index, &of_q[row * width..][..dim], self.scale) };
+            of_k.iter_mut().for_each(|value| *value *= scale);
+            for (key, (of_k, of_v)) in of_k.chunks_exact(width).zip(of_v.chunks_exact(width)).take(count).enumerate() {
+                let index = k.index(task.key(start + key));
+                // SAFETY: no other task has this key in this head.
+                unsafe {
+                    outputs[1].write(level, index, &of_k[..k.dims[3]]);
+                    outputs[2].write(level, index, &of_v[..v.dims[3]]);
                 }
             }
         }
-        for key in 0..keys {
-            let index = (task.batch * self.k.dims[1] + task.keys.start + key) * self.k.dims[2] + task.kv_head;
-            // SAFETY: no other task has this key in this head.
-            unsafe {
-                outputs[1].write(index, &of_k[key * width..][..dim], 1.0);
-                outputs[2].write(index, &of_v[key * width..][..dim], 1.0);
-            }
+        of_q.iter_mut().for_each(|value| *value *= scale);
+        for (row, of_q) in of_q.chunks_exact(width).enumerate() {
+            // SAFETY: no other task has this query in this head.
+            unsafe { outputs[0].write(level, q.index(task.row(row)), &of_q[..q.dims[3]]) };
         }
     }
 }
 
-/// Turns scores, whole vectors, into weights; those from `visible` on become zero.
-///
-/// # Safety
-/// The CPU has the instructions of `S`.
-#[inline(always)]
-unsafe fn softmax<S: Simd>(scores: &mut [f32], visible: usize) {
-    scores[visible..].fill(f32::MIN);
-    // SAFETY: the caller's condition; a chunk is one vector.
-    unsafe {
-        let mut largest = S::splat(f32::MIN);
-        for chunk in scores.chunks_exact(S::LANES) {
-            largest = S::load(chunk.as_ptr()).max(largest);
-        }
-        let largest = largest.largest();
-        for score in scores.iter_mut() {
-            *score = exp(*score - largest);
-        }
-        let mut total = S::zero();
-        for chunk in scores.chunks_exact(S::LANES) {
-            total = total.add(S::load(chunk.as_ptr()));
-        }
-        let inverse = 1.0 / total.sum();
-        for score in scores {
-            *score *= inverse;
-        }
+/// What a task computes with, lanes.
+struct Scratch<'a> {
+    /// q `[rows, lanes]`, and `[rows / PER_LANE, width]`; then the gradient of the mixed values.
+    of_rows: [&'a mut [f32]; 4],
+    /// Mean slope of the weights of each row.
+    means: &'a mut [f32],
+    /// `[rows, width]`.
+    of_q: &'a mut [f32],
+    /// `[lanes, KEYS]`.
+    k_by_column: &'a mut [f32],
+    /// `[lanes, KEYS]`.
+    v_by_column: &'a mut [f32],
+    /// `[KEYS / PER_LANE, width]`.
+    k_by_term: &'a mut [f32],
+    /// `[KEYS, width]`.
+    of_k: &'a mut [f32],
+    /// `[KEYS, width]`.
+    of_v: &'a mut [f32],
+    /// `[ROWS, KEYS]`.
+    weights: &'a mut [f32],
+    /// `[ROWS, KEYS]`.
+    slopes: &'a mut [f32],
+    /// `[ROWS / PER_LANE, KEYS]`.
+    pairs: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    /// Parts of `memory`, which grows as needed; their content is whatever was there.
+    fn new<E: Packed>(memory: &'a mut Vec<f32>, rows: usize, lanes: usize, width: usize) -> Self {
+        let [by_row, by_term, columns] = [rows * lanes, rows.div_ceil(E::PER_LANE) * width, lanes * KEYS];
+        let [k_by_term, pairs] = [KEYS, ROWS].map(|rows| rows / E::PER_LANE);
+        #[rustfmt::skip]
+        let lens = [
+            by_row, by_term, by_row, by_term, rows, rows * width,
+            columns, columns, k_by_term * width, KEYS * width, KEYS * width,
+            ROWS * KEYS, ROWS * KEYS, pairs * KEYS,
+        ];
+        #[rustfmt::skip]
+        let [
+            q_by_row, q_by_term, upstream_by_row, upstream_by_term, means, of_q,
+            k_by_column, v_by_column, k_by_term, of_k, of_v,
+            weights, slopes, pairs,
+        ] = parts(memory, lens);
+        let of_rows = [q_by_row, q_by_term, upstream_by_row, upstream_by_term];
+        Self { of_rows, means, of_q, k_by_column, v_by_column, k_by_term, of_k, of_v, weights, slopes, pairs }
     }
 }
 
-/// Turns the slopes of weights into those of the scores; both are whole vectors.
+/// Lanes of the values of neighbouring rows, `[rows / PER_LANE, width]`.
+fn pack_terms<'r, E: Packed>(rows: usize, row: impl Fn(usize) -> &'r [E], width: usize, to: &mut [f32]) {
+    for (first, to) in (0..rows).step_by(E::PER_LANE).zip(to.chunks_exact_mut(width)) {
+        let second = if E::PER_LANE == 2 && first + 1 < rows { row(first + 1) } else { &[] };
+        let first = row(first);
+        E::interleave(first, second, &mut to[..first.len()]);
+    }
+}
+
+/// Turns scores and slopes of weights, whole vectors, into weights and slopes of scores; both are zero from `visible` on.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-unsafe fn scale_slopes<S: Simd>(weights: &[f32], slopes: &mut [f32]) {
+unsafe fn weigh<S: Simd>(scores: &mut [f32], slopes: &mut [f32], visible: usize, [scale, log_total, mean]: [f32; 3]) {
     // SAFETY: the caller's condition; a chunk is one vector.
     unsafe {
-        let mut total = S::zero();
-        for (weights, slopes) in weights.chunks_exact(S::LANES).zip(slopes.chunks_exact(S::LANES)) {
-            total = S::load(weights.as_ptr()).mul_add(S::load(slopes.as_ptr()), total);
-        }
-        let mean = total.sum();
-        for (weight, slope) in weights.iter().zip(slopes) {
-            *slope = weight * (*slope - mean);
+        let (scale, log_total, mean) = (S::splat(scale * LOG2_E), S::splat(log_total), S::splat(mean));
+        for (scores, slopes) in scores.chunks_exact_mut(S::LANES).zip(slopes.chunks_exact_mut(S::LANES)) {
+            let weight = exp2(S::load(scores.as_ptr()).mul(scale).sub(log_total));
+            weight.store(scores.as_mut_ptr());
+            weight.mul(S::load(slopes.as_ptr()).sub(mean)).store(slopes.as_mut_ptr());
         }
     }
+    scores[visible..].fill(0.0);
+    slopes[visible..].fill(0.0);
+}
+
+/// Lanes of `[rows, columns]` values of neighbouring rows, `KEYS` apart, in `to` if a lane holds two.
+///
+/// # Safety
+/// The CPU has the instructions of `S`, and what [`Packed::round`] asks for.
+#[inline(always)]
+unsafe fn pair_rows<'t, S: Simd, E: Packed>(
+    [rows, columns]: [usize; 2],
+    values: &'t [f32],
+    to: &'t mut [f32],
+) -> &'t [f32] {
+    if E::PER_LANE == 1 {
+        return values;
+    }
+    for (first, to) in (0..rows).step_by(E::PER_LANE).zip(to.chunks_exact_mut(KEYS)) {
+        for column in (0..columns).step_by(S::LANES) {
+            // SAFETY: the caller's condition; a row has whole vectors.
+            unsafe {
+                let lanes = |row: usize| S::load(values[row * KEYS + column..][..S::LANES].as_ptr());
+                let second = if first + 1 < rows { lanes(first + 1) } else { S::zero() };
+                lanes(first).paired(second).store(to[column..][..S::LANES].as_mut_ptr());
+            }
+        }
+    }
+    to
+}
+
+/// # Safety
+/// The CPU has the instructions of `S`.
+#[inline(always)]
+unsafe fn dot<S: Simd, E: Packed>(x: &[E], y: &[E]) -> f32 {
+    let whole = x.len() - x.len() % S::LANES;
+    // SAFETY: the caller's condition; reads end at `whole`.
+    let mut sum = unsafe {
+        let mut total = S::zero();
+        for (x, y) in x.chunks_exact(S::LANES).zip(y.chunks_exact(S::LANES)) {
+            total = E::load::<S>(x.as_ptr()).mul_add(E::load(y.as_ptr()), total);
+        }
+        total.sum()
+    };
+    for (x, y) in x[whole..].iter().zip(&y[whole..]) {
+        sum += x.widen() * y.widen();
+    }
+    sum
 }
 
 #[cfg(test)]

@@ -143,13 +143,13 @@ fn add_product(level: Level, shape: [usize; 3], left: Left<'_>, right: Right<'_>
     #[target_feature(enable = "avx2,fma,f16c")]
     fn avx2(shape: [usize; 3], left: Left<'_>, right: Right<'_>, sums: &mut [f32]) {
         // SAFETY: this function has the instructions.
-        unsafe { multiply_add::<Avx2, 2>(shape, left, right, sums, shape[1]) }
+        unsafe { multiply_add::<Avx2, f32, 2>(shape, left, right, sums, shape[1]) }
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
     fn avx512(shape: [usize; 3], left: Left<'_>, right: Right<'_>, sums: &mut [f32]) {
         // SAFETY: this function has the instructions.
-        unsafe { multiply_add::<Avx512, 4>(shape, left, right, sums, shape[1]) }
+        unsafe { multiply_add::<Avx512, f32, 4>(shape, left, right, sums, shape[1]) }
     }
     match level {
         #[cfg(target_arch = "x86_64")]
@@ -159,7 +159,7 @@ fn add_product(level: Level, shape: [usize; 3], left: Left<'_>, right: Right<'_>
         // SAFETY: as above.
         Level::Avx2 => unsafe { avx2(shape, left, right, sums) },
         // SAFETY: every CPU has what this needs.
-        _ => unsafe { multiply_add::<Portable, 1>(shape, left, right, sums, shape[1]) },
+        _ => unsafe { multiply_add::<Portable, f32, 1>(shape, left, right, sums, shape[1]) },
     }
 }
 
