@@ -15,6 +15,7 @@ mod conv;
 mod elementwise;
 #[cfg(feature = "train")]
 mod gemm;
+mod join;
 mod level;
 mod linear;
 mod norm;
@@ -32,6 +33,7 @@ pub(crate) use adamw::{AdamWStep, adamw};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use elementwise::{activate, activate_times, gated_residual};
+pub(crate) use join::{cat, split};
 pub(crate) use level::Level;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};

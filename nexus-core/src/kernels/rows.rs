@@ -7,20 +7,20 @@ use burn::{
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{Floats, Level, stored::Stored, wrap};
+use super::{Floats, Level, join::in_one_piece, stored::Stored, wrap};
 
 /// Values that a thread takes at a time: few enough to stay in its cache while they are read more than once.
 const CHUNK: usize = 16 * 1024;
 
 /// Where rows start in the storage of a tensor.
-struct Starts {
+pub(super) struct Starts {
     /// Size and stride of all dimensions but the last, without those of size one; neighbours are joined where they can.
     dims: Vec<(usize, usize)>,
 }
 
 impl Starts {
     /// `None` if the values of a row are not neighbours, or if they lie backwards.
-    fn of(dims: &[usize], strides: &[isize]) -> Option<Self> {
+    pub(super) fn of(dims: &[usize], strides: &[isize]) -> Option<Self> {
         let (&width, dims) = dims.split_last()?;
         let (&step, strides) = strides.split_last()?;
         if step != 1 && width != 1 {
@@ -38,7 +38,7 @@ impl Starts {
     }
 
     #[inline]
-    fn of_row(&self, mut row: usize) -> usize {
+    pub(super) fn of_row(&self, mut row: usize) -> usize {
         let mut start = 0;
         for &(dim, stride) in self.dims.iter().rev() {
             start += row % dim * stride;
@@ -100,7 +100,7 @@ fn map_rows_of<E: Stored, const D: usize>(x: Tensor<D>, function: impl Fn(usize,
     let starts = match Starts::of(&dims, x.layout().strides()) {
         Some(starts) => starts,
         None => {
-            x = x.to_contiguous();
+            x = in_one_piece(x);
             Starts { dims: vec![(count / width, width)] }
         }
     };

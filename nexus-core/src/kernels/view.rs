@@ -7,7 +7,10 @@ use burn::{
 use burn_flex::{FlexTensor, Layout};
 use half::{bf16, f16};
 
-use super::stored::{Stored, widen};
+use super::{
+    join::in_one_piece,
+    stored::{Stored, widen},
+};
 
 /// A tensor whose values can be read in place.
 pub(crate) struct View {
@@ -65,7 +68,12 @@ impl View {
         if self.tensor.layout().contiguous_offsets().is_some() {
             return self;
         }
-        Self { tensor: self.tensor.to_contiguous() }
+        Self { tensor: in_one_piece(self.tensor) }
+    }
+
+    /// The tensor.
+    pub(super) fn tensor(&self) -> &FlexTensor {
+        &self.tensor
     }
 }
 

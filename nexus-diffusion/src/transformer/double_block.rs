@@ -5,7 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use nexus_core::nn::{
-    Attention, Linear, RmsNorm, RotaryTable, attention, gated_residual, gelu_tanh, rotate_interleaved,
+    Attention, Linear, RmsNorm, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved, split,
 };
 
 use super::{AdaNorm, DoubleModulation, NORM_EPS};
@@ -126,16 +126,15 @@ impl JointAttention {
     pub fn forward(&self, image: Tensor<3>, text: Tensor<3>, rotary: &RotaryTable) -> (Tensor<3>, Tensor<3>) {
         let ([_, image_tokens, dim], [_, text_tokens, _]) = (image.dims(), text.dims());
         let head_dim = dim / self.num_heads;
-        let [q_a, k_a, v_a] = split_heads(self.a_to_qkv.forward(image), head_dim, self.num_heads);
-        let [q_b, k_b, v_b] = split_heads(self.b_to_qkv.forward(text), head_dim, self.num_heads);
-        let q = Tensor::cat(vec![self.norm_q_b.forward(q_b), self.norm_q_a.forward(q_a)], 1);
-        let k = Tensor::cat(vec![self.norm_k_b.forward(k_b), self.norm_k_a.forward(k_a)], 1);
-        let v = Tensor::cat(vec![v_b, v_a], 1);
+        let [q_a, k_a, v_a] = split_heads(self.a_to_qkv.forward(image), head_dim, [self.num_heads; 3]);
+        let [q_b, k_b, v_b] = split_heads(self.b_to_qkv.forward(text), head_dim, [self.num_heads; 3]);
+        let q = cat(vec![self.norm_q_b.forward(q_b), self.norm_q_a.forward(q_a)], 1);
+        let k = cat(vec![self.norm_k_b.forward(k_b), self.norm_k_a.forward(k_a)], 1);
+        let v = cat(vec![v_b, v_a], 1);
         let (q, k) = (rotate_interleaved(q, rotary), rotate_interleaved(k, rotary));
         let mixed = attention(q, k, v, Attention::default());
-        let text = self.b_to_out.forward(mixed.clone().narrow(1, 0, text_tokens));
-        let image = self.a_to_out.forward(mixed.narrow(1, text_tokens, image_tokens));
-        (image, text)
+        let [text, image] = split(mixed, 1, [text_tokens, image_tokens]);
+        (self.a_to_out.forward(image), self.b_to_out.forward(text))
     }
 }
 
@@ -154,13 +153,12 @@ impl FeedForward {
     }
 }
 
-/// Queries, keys and values of all heads, as views of a projection that starts with them.
+/// Parts of a projection, each of some heads, as views.
 ///
 /// # Shapes
-/// - `projected`: `[batch, tokens, width]`, of which the first `3 * heads * head_dim` are used
-/// - returns: three of `[batch, tokens, heads, head_dim]`
-pub(super) fn split_heads(projected: Tensor<3>, head_dim: usize, num_heads: usize) -> [Tensor<4>; 3] {
+/// - `projected`: `[batch, tokens, heads of all parts * head_dim]`
+/// - returns: `[batch, tokens, heads, head_dim]` of each part
+pub(super) fn split_heads<const N: usize>(projected: Tensor<3>, head_dim: usize, heads: [usize; N]) -> [Tensor<4>; N] {
     let [batch, tokens, width] = projected.dims();
-    let heads = projected.reshape([batch, tokens, width / head_dim, head_dim]);
-    std::array::from_fn(|i| heads.clone().narrow(2, i * num_heads, num_heads))
+    split(projected.reshape([batch, tokens, width / head_dim, head_dim]), 2, heads)
 }

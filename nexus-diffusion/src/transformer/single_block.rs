@@ -5,7 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use nexus_core::nn::{
-    Attention, Linear, RmsNorm, RotaryTable, attention, gated_residual, gelu_tanh, rotate_interleaved,
+    Attention, Linear, RmsNorm, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved,
 };
 
 use super::{AdaNorm, Modulation, NORM_EPS, double_block::split_heads};
@@ -54,13 +54,13 @@ impl SingleBlock {
     /// - `rotary`: for the same tokens
     /// - returns: the same
     pub fn forward(&self, x: Tensor<3>, modulation: &Modulation, rotary: &RotaryTable) -> Tensor<3> {
-        let [_, _, dim] = x.dims();
+        let ([batch, tokens, dim], heads) = (x.dims(), self.num_heads);
         let projected = self.to_qkv_mlp.forward(modulation.modulate(x.clone()));
-        let [q, k, v] = split_heads(projected.clone(), dim / self.num_heads, self.num_heads);
+        let [q, k, v, hidden] = split_heads(projected, dim / heads, [heads, heads, heads, 4 * heads]);
         let q = rotate_interleaved(self.norm_q_a.forward(q), rotary);
         let k = rotate_interleaved(self.norm_k_a.forward(k), rotary);
         let mixed = attention(q, k, v, Attention::default());
-        let fed = gelu_tanh(projected.narrow(2, 3 * dim, 4 * dim));
-        gated_residual(x, modulation.gate.clone(), self.proj_out.forward(Tensor::cat(vec![mixed, fed], 2)))
+        let fed = gelu_tanh(hidden).reshape([batch, tokens, 4 * dim]);
+        gated_residual(x, modulation.gate.clone(), self.proj_out.forward(cat(vec![mixed, fed], 2)))
     }
 }

@@ -28,7 +28,7 @@ use super::{
 use crate::nn::{Attention, Visibility};
 
 /// Rows of a block of scores: whole register tiles, and pairs.
-const ROWS: usize = 48;
+const ROWS: usize = 96;
 /// Keys of a block of scores: whole vectors of any level, and pairs.
 const KEYS: usize = 128;
 

@@ -7,6 +7,7 @@
 mod attention;
 mod conv;
 mod elementwise;
+mod join;
 mod linear;
 mod linear_bf16;
 mod norm;
@@ -28,11 +29,15 @@ use burn::{
 use burn_flex::{FlexTensor, Layout};
 use half::bf16;
 
-use super::stored::{narrow, widen};
+use super::{
+    join::in_one_piece,
+    stored::{narrow, widen},
+};
 
 pub(super) use attention::attention;
 pub(super) use conv::{conv2d, upsample_conv2d};
 pub(super) use elementwise::{activate, activate_times, gated_residual, rotate};
+pub(super) use join::{cat, split};
 pub(super) use linear::linear;
 pub(super) use norm::{affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
 
@@ -51,13 +56,15 @@ struct Operand<const D: usize> {
 }
 
 impl<const D: usize> Operand<D> {
-    /// `None` for other dtypes, devices, and graphs that checkpoint.
+    /// `None` for other dtypes, devices, and graphs that checkpoint. A tensor of the plain device is a constant.
     fn of(tensor: &Tensor<D>) -> Option<Self> {
         let dtype = tensor.dtype();
-        if ![DType::F32, DType::BF16].contains(&dtype) || !is_autodiff(tensor) {
+        let is_plain = matches!(tensor.device().as_dispatch(), DispatchDevice::Flex(_));
+        if ![DType::F32, DType::BF16].contains(&dtype) || !(is_plain || is_autodiff(tensor)) {
             return None;
         }
-        let tensor = tensor.clone().try_into_primitive::<Autodiff<Flex>>().ok()?;
+        let tensor = if is_plain { Tensor::from_inner(tensor.clone()) } else { tensor.clone() };
+        let tensor = tensor.try_into_primitive::<Autodiff<Flex>>().ok()?;
         let tracked = tensor.is_tracked();
         let (value, guard) = tensor.into_parts();
         Some(Self { value: Tensor::from_primitive::<Flex>(value), dtype, guard, tracked })
@@ -82,7 +89,7 @@ fn converted(tensor: FlexTensor, dtype: DType) -> FlexTensor {
     if tensor.dtype() == dtype {
         return tensor;
     }
-    let tensor = tensor.to_contiguous();
+    let tensor = in_one_piece(tensor);
     let (layout, shape) = (tensor.layout(), tensor.layout().shape().clone());
     let values = layout.start_offset()..layout.start_offset() + shape.num_elements();
     let bytes = match dtype {
@@ -329,8 +336,16 @@ mod tests {
     #[test]
     fn other_tensors_are_left_to_the_plain_formulation() {
         let weight: Tensor<2> = ramp([4, 4], 2);
-        assert!(linear(&weight, &weight, None).is_none());
         let half = Tensor::<2>::from_inner(weight.clone()).cast(DType::F16).require_grad();
         assert!(linear(&half, &half, None).is_none());
+    }
+
+    #[test]
+    fn tensors_of_the_plain_device_are_constants() {
+        let x: Tensor<2> = Tensor::from_inner(ramp([3, 4], 1)).require_grad();
+        let weight: Tensor<2> = ramp([4, 4], 2);
+        let gradient = |y: Tensor<2>| (values(y.clone().inner()), values(x.grad(&y.sum().backward()).unwrap()));
+        let constant = linear(&x, &Tensor::from_inner(weight.clone()), None).unwrap();
+        assert_eq!(gradient(linear(&x, &weight, None).unwrap()), gradient(constant));
     }
 }
