@@ -6,6 +6,7 @@
 
 #[cfg(any(test, target_arch = "x86_64"))]
 mod amx;
+mod columns;
 mod pack;
 mod tiles;
 

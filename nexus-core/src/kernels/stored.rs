@@ -1,7 +1,7 @@
 //! Floats as tensors store them: bf16, f16 and f32 slices -> f32 slices, and back.
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
+use std::{cell::Cell, mem::MaybeUninit};
 
 use burn::tensor::Element;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
@@ -115,27 +115,36 @@ impl Stored for f16 {
 /// The values rounded to what is stored, by all threads if there are many.
 pub(crate) fn narrow<E: Stored>(values: &[f32]) -> Vec<E> {
     let level = Level::detect();
-    let mut stored = vec![E::default(); values.len()];
-    if values.len() <= CHUNK {
-        E::narrow_slice(level, values, &mut stored);
-    } else {
-        let pairs = stored.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
-        pairs.for_each(|(stored, values)| E::narrow_slice(level, values, stored));
-    }
-    stored
+    converted(values, |from, to| E::narrow_slice(level, from, to))
 }
 
 /// The values as f32, by all threads if there are many.
 pub(crate) fn widen<E: Stored>(values: &[E]) -> Vec<f32> {
     let level = Level::detect();
-    let mut wide = vec![0.0; values.len()];
+    converted(values, |from, to| widen_slice(level, from, to))
+}
+
+/// What `convert` makes of the values, in memory that is not cleared before.
+fn converted<X: Sync, Y: Copy + Default + Send>(values: &[X], convert: impl Fn(&[X], &mut [Y]) + Sync) -> Vec<Y> {
+    /// Values that are converted in the nearest cache.
+    const NEAR: usize = 1024;
+    let mut all = Vec::<Y>::with_capacity(values.len());
+    let each = |(to, from): (&mut [MaybeUninit<Y>], &[X])| {
+        let mut near = [Y::default(); NEAR];
+        for (to, from) in to.chunks_mut(NEAR).zip(from.chunks(NEAR)) {
+            convert(from, &mut near[..from.len()]);
+            to.write_copy_of_slice(&near[..from.len()]);
+        }
+    };
+    let spare = &mut all.spare_capacity_mut()[..values.len()];
     if values.len() <= CHUNK {
-        widen_slice(level, values, &mut wide);
+        each((spare, values));
     } else {
-        let pairs = wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
-        pairs.for_each(|(wide, values)| widen_slice(level, values, wide));
+        spare.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(each);
     }
-    wide
+    // SAFETY: as many chunks of the same lengths were converted, and each was written in full.
+    unsafe { all.set_len(values.len()) };
+    all
 }
 
 /// Widens as many values as are stored.

@@ -25,7 +25,7 @@ use super::{
         stored::Stored,
     },
     Layer,
-    tiles::{Columns, WRITTEN_ROWS},
+    columns::{Columns, WRITTEN_ROWS},
 };
 
 /// From so many rows on, tiles are full enough.
@@ -103,7 +103,7 @@ unsafe fn planned<U: Unit, Y: Stored>(
     let mut memory = vec![];
     let packed = pack_all(level, x, inputs, &mut memory);
     let mut y = Vec::<Y>::with_capacity(rows * outputs);
-    let out = Columns { to: y.as_mut_ptr(), rows, outputs };
+    let out = Columns::of(&mut y, [rows, outputs]);
     let groups = rows.div_ceil(plan.panels * WIDTH);
     (0..outputs.div_ceil(plan.strips * WIDTH) * groups).into_par_iter().for_each(|index| {
         let first = index / groups * plan.strips * WIDTH;
@@ -280,9 +280,9 @@ unsafe fn write<Y: Stored>(
     sums: &[[Tile; 4]],
 ) {
     let mut lines: Lines = [[0.0; MAX_STRIPS * WIDTH]; WRITTEN_ROWS];
-    for row in (0..WIDTH.min(out.rows - first_row)).step_by(WRITTEN_ROWS) {
+    for row in (0..WIDTH.min(out.rows() - first_row)).step_by(WRITTEN_ROWS) {
         turn(level, sums, row, &mut lines);
-        for (row, line) in (first_row + row..out.rows).zip(&mut lines) {
+        for (row, line) in (first_row + row..out.rows()).zip(&mut lines) {
             let line = &mut line[..bias.len()];
             for (value, bias) in line.iter_mut().zip(bias) {
                 *value += bias;
@@ -291,6 +291,7 @@ unsafe fn write<Y: Stored>(
             unsafe { out.put(level, row, first, line) };
         }
     }
+    out.finish();
 }
 
 /// Makes lines of the sums of [`WRITTEN_ROWS`] rows from `row` on.

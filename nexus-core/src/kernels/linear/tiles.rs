@@ -17,17 +17,16 @@ use super::{
         stored::{Stored, widen_slice},
     },
     Layer,
+    columns::Columns,
     pack::{pack, pack_rest, prefetch},
 };
 
-/// Outputs that a task computes: whole register tiles of any level.
-const TASK_OUTPUTS: usize = 48;
+/// Outputs that a task computes: whole cache lines of any dtype, and few enough that no task of a usual width has less.
+pub(super) const TASK_OUTPUTS: usize = 64;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
 const BLOCK: usize = 256;
 /// Up to so many rows that do not fill a vector are multiplied as rows.
 const MAX_REST: usize = 4;
-/// Rows that are written together.
-pub(super) const WRITTEN_ROWS: usize = 8;
 
 /// What a lane multiplies in one step: one f32, or two bf16.
 pub(super) trait Lane: Copy + Default + Send + Sync {
@@ -218,7 +217,7 @@ where
     let rest_values = pack_rest::<T, X, W>(&x[in_panels * inputs..], inputs, rest_stride);
     let (panel_count, padded_rows) = (in_panels.div_ceil(width), rows.next_multiple_of(width));
     let mut y = Vec::<Y>::with_capacity(rows * outputs);
-    let out = Columns { to: y.as_mut_ptr(), rows, outputs };
+    let out = Columns::of(&mut y, [rows, outputs]);
     (0..outputs.div_ceil(TASK_OUTPUTS)).into_par_iter().for_each_init(
         || (vec![T::default(); TASK_OUTPUTS * BLOCK], vec![0.0; TASK_OUTPUTS * padded_rows]),
         |(block, sums), task| {
@@ -280,10 +279,10 @@ unsafe fn blocks<S: Simd, T: Lane>(rows: Rows<'_, T>, weights: &[T], sums: &mut 
         }
     };
     macro_rules! tiles {
-        ($outputs:literal: $($vectors:literal)*) => {
-            for output in (0..TASK_OUTPUTS).step_by($outputs) {
+        ($outputs:literal in $range:expr; $($vectors:literal)*) => {
+            for output in $range.step_by($outputs) {
                 match rows.div_ceil(S::LANES) {
-                    // SAFETY: the caller's condition; `$outputs` divides `TASK_OUTPUTS`.
+                    // SAFETY: the caller's condition; `$outputs` divides the range, which is of a task's outputs.
                     $($vectors => unsafe {
                         tile::<S, T, $vectors, $outputs>(values, width, weights, sums, stride, output)
                     },)*
@@ -293,7 +292,13 @@ unsafe fn blocks<S: Simd, T: Lane>(rows: Rows<'_, T>, weights: &[T], sums: &mut 
         };
     }
     // As many accumulators as the registers hold beside the operands: 24 of 32, or 12 of 16.
-    if S::LANES == 16 { tiles!(8: 1 2 3) } else { tiles!(6: 1 2) }
+    if S::LANES == 16 {
+        tiles!(8 in (0..TASK_OUTPUTS); 1 2 3);
+    } else {
+        const SIXES: usize = TASK_OUTPUTS / 6 * 6;
+        tiles!(6 in (0..SIXES); 1 2);
+        tiles!(4 in (SIXES..TASK_OUTPUTS); 1 2);
+    }
 }
 
 /// `ROWS` rows, `stride` apart, times all rows of weights.
@@ -374,72 +379,6 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
             for (vector, total) in totals.iter().enumerate() {
                 total.store(sums.add(output * stride + vector * S::LANES));
             }
-        }
-    }
-}
-
-/// The output, `[rows, outputs]`, written by tasks that own different columns.
-pub(super) struct Columns<Y> {
-    pub(super) to: *mut Y,
-    pub(super) rows: usize,
-    pub(super) outputs: usize,
-}
-
-// SAFETY: the pointer is only used by `put`, whose callers own different elements.
-unsafe impl<Y: Send> Sync for Columns<Y> {}
-
-impl<Y: Stored> Columns<Y> {
-    /// Writes the columns from `first` on, one for each bias: `sums` is `[TASK_OUTPUTS, padded_rows]`.
-    fn write(&self, level: Level, first: usize, bias: &[f32], sums: &[f32], padded_rows: usize) {
-        assert!(first + bias.len() <= self.outputs && self.rows <= padded_rows);
-        let mut lines = [[0.0; TASK_OUTPUTS]; WRITTEN_ROWS];
-        for start in (0..self.rows).step_by(WRITTEN_ROWS) {
-            turn(level, &sums[start..], padded_rows, &mut lines);
-            for (row, line) in (start..self.rows).zip(&mut lines) {
-                let line = &mut line[..bias.len()];
-                for (value, bias) in line.iter_mut().zip(bias) {
-                    *value += bias;
-                }
-                // SAFETY: no other task writes these columns.
-                unsafe { self.put(level, row, first, line) };
-            }
-        }
-    }
-
-    /// Rounds and writes a row of the columns from `first` on.
-    ///
-    /// # Safety
-    /// `to` points to `rows * outputs` elements, and nobody else uses these meanwhile.
-    pub(super) unsafe fn put(&self, level: Level, row: usize, first: usize, line: &[f32]) {
-        assert!(row < self.rows && first + line.len() <= self.outputs);
-        let mut narrow = [Y::default(); TASK_OUTPUTS];
-        for (values, column) in line.chunks(TASK_OUTPUTS).zip((first..).step_by(TASK_OUTPUTS)) {
-            let narrow = &mut narrow[..values.len()];
-            Y::narrow_slice(level, values, narrow);
-            // SAFETY: the row and the columns are inside of what `to` points to, and the caller owns them.
-            unsafe { narrow.as_ptr().copy_to_nonoverlapping(self.to.add(row * self.outputs + column), values.len()) };
-        }
-    }
-}
-
-/// Makes lines of the first [`WRITTEN_ROWS`] sums of every output.
-fn turn(level: Level, sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]) {
-    assert!(sums.len() >= (TASK_OUTPUTS - 1) * stride + WRITTEN_ROWS);
-    for_simd!(level, turn_with::<>(
-        sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]
-    ) where)
-}
-
-/// # Safety
-/// The CPU has the instructions of `S`, and there are [`WRITTEN_ROWS`] sums of every output.
-#[inline(always)]
-unsafe fn turn_with<S: Simd>(sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]) {
-    let to = lines.as_flattened_mut().as_mut_ptr();
-    for output in (0..TASK_OUTPUTS).step_by(8) {
-        // SAFETY: the caller's condition; eight outputs are written from `output` on in each of eight lines.
-        unsafe {
-            let rows = std::array::from_fn(|i| sums.as_ptr().add((output + i) * stride));
-            S::transpose_8x8(rows, to.add(output), TASK_OUTPUTS);
         }
     }
 }

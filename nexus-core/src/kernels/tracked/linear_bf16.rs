@@ -4,6 +4,8 @@
 //! optimizer, in f32, are rounded once; their gradients are f32.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
+
 use burn::tensor::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
@@ -91,20 +93,23 @@ impl Matrix {
 /// The transpose of a matrix, `[rows, columns]`.
 fn turned(level: Level, values: &[bf16], [rows, columns]: [usize; 2]) -> Vec<bf16> {
     assert!(values.len() == rows * columns);
-    let mut turned = vec![bf16::ZERO; values.len()];
-    turned.par_chunks_mut(TASK_COLUMNS * rows).enumerate().for_each(|(task, to)| {
+    let mut turned = Vec::with_capacity(values.len());
+    let spare = turned.spare_capacity_mut()[..values.len()].par_chunks_mut(TASK_COLUMNS * rows);
+    spare.enumerate().for_each(|(task, to)| {
         let values = &values[task * TASK_COLUMNS..];
-        for_simd!(level, turn::<>(values: &[bf16], columns: usize, rows: usize, to: &mut [bf16]) where)
+        for_simd!(level, turn::<>(values: &[bf16], columns: usize, rows: usize, to: &mut [MaybeUninit<bf16>]) where)
     });
+    // SAFETY: the tasks cover all columns, and each wrote all rows of its own.
+    unsafe { turned.set_len(values.len()) };
     turned
 }
 
-/// Turns the first columns of rows that are `columns` apart, as many as `to` has rows.
+/// Turns the first columns of rows that are `columns` apart, as many as `to` has rows, all of which it writes.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-unsafe fn turn<S: Simd>(values: &[bf16], columns: usize, rows: usize, to: &mut [bf16]) {
+unsafe fn turn<S: Simd>(values: &[bf16], columns: usize, rows: usize, to: &mut [MaybeUninit<bf16>]) {
     /// Columns, and pairs of rows, that are turned at once.
     const SQUARE: usize = 8;
     let count = to.len() / rows;
@@ -126,14 +131,14 @@ unsafe fn turn<S: Simd>(values: &[bf16], columns: usize, rows: usize, to: &mut [
                 S::transpose_8x8(from, lanes.as_mut_ptr().cast::<f32>(), SQUARE);
             }
             for (i, lanes) in lanes.iter().enumerate() {
-                to[(column + i) * rows + row..][..2 * SQUARE].copy_from_slice(lanes);
+                to[(column + i) * rows + row..][..2 * SQUARE].write_copy_of_slice(lanes);
             }
         }
     }
     for (column, to) in to.chunks_exact_mut(rows).enumerate() {
         let first = if column < whole_columns { whole_rows } else { 0 };
         for (row, to) in to.iter_mut().enumerate().skip(first) {
-            *to = values[row * columns + column];
+            to.write(values[row * columns + column]);
         }
     }
 }

@@ -1,0 +1,141 @@
+//! Results of a linear layer: the sums of some outputs -> columns of rows.
+#![allow(unsafe_code)]
+
+use super::{
+    super::{
+        Level,
+        simd::{Simd, for_simd},
+        stored::Stored,
+    },
+    tiles::TASK_OUTPUTS,
+};
+
+/// Rows that are written together.
+pub(super) const WRITTEN_ROWS: usize = 8;
+/// Bytes of a result that some of the caches may still hold when it is read.
+const MOST_CACHED: usize = 8 << 20;
+
+/// The output, `[rows, outputs]`, written by tasks that own different columns.
+pub(super) struct Columns<Y> {
+    to: *mut Y,
+    rows: usize,
+    outputs: usize,
+    /// Whether the output is so large that the caches lose it before it is read.
+    is_large: bool,
+}
+
+// SAFETY: the pointer is only used by `put`, whose callers own different elements.
+unsafe impl<Y: Send> Sync for Columns<Y> {}
+
+impl<Y: Stored> Columns<Y> {
+    /// The spare capacity of `y`.
+    ///
+    /// # Panics
+    /// If that is too small.
+    pub(super) fn of(y: &mut Vec<Y>, [rows, outputs]: [usize; 2]) -> Self {
+        let spare = y.spare_capacity_mut();
+        assert!(spare.len() >= rows * outputs);
+        let is_large = rows * outputs * size_of::<Y>() > MOST_CACHED;
+        Self { to: spare.as_mut_ptr().cast(), rows, outputs, is_large }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Writes the columns from `first` on, one for each bias: `sums` is `[TASK_OUTPUTS, padded_rows]`.
+    pub(super) fn write(&self, level: Level, first: usize, bias: &[f32], sums: &[f32], padded_rows: usize) {
+        assert!(first + bias.len() <= self.outputs && self.rows <= padded_rows);
+        let mut lines = [[0.0; TASK_OUTPUTS]; WRITTEN_ROWS];
+        for start in (0..self.rows).step_by(WRITTEN_ROWS) {
+            turn(level, &sums[start..], padded_rows, &mut lines);
+            for (row, line) in (start..self.rows).zip(&mut lines) {
+                let line = &mut line[..bias.len()];
+                for (value, bias) in line.iter_mut().zip(bias) {
+                    *value += bias;
+                }
+                // SAFETY: no other task writes these columns.
+                unsafe { self.put(level, row, first, line) };
+            }
+        }
+        self.finish();
+    }
+
+    /// Ends the writes of a task: what went past the caches must be there before others are told that it is.
+    pub(super) fn finish(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.is_large {
+            // SAFETY: every CPU of the target has the instruction.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
+
+    /// Rounds and writes a row of the columns from `first` on; [`Columns::finish`] follows.
+    ///
+    /// # Safety
+    /// `to` points to `rows * outputs` elements, and nobody else uses these meanwhile.
+    pub(super) unsafe fn put(&self, level: Level, row: usize, first: usize, line: &[f32]) {
+        assert!(row < self.rows && first + line.len() <= self.outputs);
+        let mut narrow = [Y::default(); TASK_OUTPUTS];
+        for (values, column) in line.chunks(TASK_OUTPUTS).zip((first..).step_by(TASK_OUTPUTS)) {
+            let narrow = &mut narrow[..values.len()];
+            Y::narrow_slice(level, values, narrow);
+            // SAFETY: the row and the columns are inside of what `to` points to, and the caller owns them.
+            unsafe {
+                let to = self.to.add(row * self.outputs + column);
+                if self.is_large {
+                    write_past_caches(narrow, to);
+                } else {
+                    narrow.as_ptr().copy_to_nonoverlapping(to, narrow.len());
+                }
+            }
+        }
+    }
+}
+
+/// Writes values without reading the memory first, and without keeping them near, if they are whole cache lines.
+///
+/// # Safety
+/// `to` points to as many values, which nobody else uses meanwhile. Others may read them after [`Columns::finish`].
+unsafe fn write_past_caches<Y: Stored>(values: &[Y], to: *mut Y) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        const LINE: usize = 64;
+        let bytes = size_of_val(values);
+        if to.addr().is_multiple_of(LINE) && bytes.is_multiple_of(LINE) {
+            for at in (0..bytes).step_by(size_of::<__m128i>()) {
+                // SAFETY: `at` is inside of the values, and of what the caller owns; every CPU of the target has SSE2.
+                unsafe {
+                    let lanes = _mm_loadu_si128(values.as_ptr().byte_add(at).cast());
+                    _mm_stream_si128(to.byte_add(at).cast(), lanes);
+                }
+            }
+            return;
+        }
+    }
+    // SAFETY: the caller's condition.
+    unsafe { values.as_ptr().copy_to_nonoverlapping(to, values.len()) };
+}
+
+/// Makes lines of the first [`WRITTEN_ROWS`] sums of every output.
+fn turn(level: Level, sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]) {
+    assert!(sums.len() >= (TASK_OUTPUTS - 1) * stride + WRITTEN_ROWS);
+    for_simd!(level, turn_with::<>(
+        sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]
+    ) where)
+}
+
+/// # Safety
+/// The CPU has the instructions of `S`, and there are [`WRITTEN_ROWS`] sums of every output.
+#[inline(always)]
+unsafe fn turn_with<S: Simd>(sums: &[f32], stride: usize, lines: &mut [[f32; TASK_OUTPUTS]; WRITTEN_ROWS]) {
+    let to = lines.as_flattened_mut().as_mut_ptr();
+    for output in (0..TASK_OUTPUTS).step_by(8) {
+        // SAFETY: the caller's condition; eight outputs are written from `output` on in each of eight lines.
+        unsafe {
+            let rows = std::array::from_fn(|i| sums.as_ptr().add((output + i) * stride));
+            S::transpose_8x8(rows, to.add(output), TASK_OUTPUTS);
+        }
+    }
+}
