@@ -9,10 +9,11 @@ mod product;
 mod winograd;
 mod work;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+use half::{bf16, f16};
 
 use self::{winograd::Picture, work::Output};
-use super::{Floats, Level, wrap_as};
+use super::{Floats, Level, View, stored::Stored, wrap};
 
 /// A square convolution with bias.
 pub(crate) struct Filter {
@@ -68,25 +69,12 @@ fn conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> 
         return winograd_at(level, Picture::Plain, x, filter);
     }
     let operands = Operands::of(x, filter)?;
-    let [batch, inputs, height, width] = x.dims();
-    let [outputs, _, kernel, _] = filter.weight.dims();
-    let (before, after) = filter.padding;
-    let side = |side: usize| Some((side + before + after).checked_sub(kernel)? / filter.stride + 1);
-    let shape = [batch, outputs, side(height)?, side(width)?];
-    let mut geometry = Geometry { inputs, height, width, kernel, stride: filter.stride, before };
-    let mut grid = shape;
-    if kernel == 1 && filter.stride == 1 && filter.padding == (0, 0) {
-        // Rows do not matter: a single long one fills the panels without seams.
-        (geometry.height, geometry.width) = (1, height * width);
-        (grid[2], grid[3]) = (1, height * width);
+    match x.dtype() {
+        DType::F32 => operands.gathered::<f32>(level, filter),
+        DType::BF16 => operands.gathered::<bf16>(level, filter),
+        DType::F16 => operands.gathered::<f16>(level, filter),
+        _ => None,
     }
-    let [x_values, weight, bias] = operands.slices()?;
-    let weights = gather::pack(weight, inputs * kernel * kernel);
-    let fill = |out: &Output| gather::convolve(level, x_values, &geometry, &weights, bias, out);
-    // SAFETY: `convolve` writes all of it.
-    #[allow(unsafe_code)]
-    let values = unsafe { Output::collect(grid, fill) };
-    Some(wrap_as(x.dtype(), values, shape))
 }
 
 fn upsample_conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
@@ -95,17 +83,12 @@ fn upsample_conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Te
 
 fn winograd_at(level: Level, picture: Picture, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
     let operands = Operands::of(x, filter)?;
-    let [batch, inputs, height, width] = x.dims();
-    let scale = if picture == Picture::Doubled { 2 } else { 1 };
-    let [x_values, weight, bias] = operands.slices()?;
-    let shape = [batch, bias.len(), scale * height, scale * width];
-    let weights = winograd::pack(level, picture, weight, inputs);
-    let pixels = (x_values, [inputs, height, width]);
-    let fill = |out: &Output| winograd::convolve(level, picture, pixels, &weights, bias, out);
-    // SAFETY: `convolve` writes all of it.
-    #[allow(unsafe_code)]
-    let values = unsafe { Output::collect(shape, fill) };
-    Some(wrap_as(x.dtype(), values, shape))
+    match x.dtype() {
+        DType::F32 => operands.tiled::<f32>(level, picture),
+        DType::BF16 => operands.tiled::<bf16>(level, picture),
+        DType::F16 => operands.tiled::<f16>(level, picture),
+        _ => None,
+    }
 }
 
 impl Filter {
@@ -115,34 +98,70 @@ impl Filter {
     }
 }
 
-/// What a kernel reads, in row-major order and f32.
+/// What a kernel reads, in row-major order: pictures as they are stored, the rest in f32.
 struct Operands {
-    x: Floats,
+    x: View,
+    /// Of the pictures.
+    dims: [usize; 4],
     weight: Floats,
+    /// Side of the kernel.
+    kernel: usize,
     bias: Floats,
 }
 
 impl Operands {
     fn of(x: &Tensor<4>, filter: &Filter) -> Option<Self> {
-        let ([_, inputs, ..], [_, weight_inputs, ..]) = (x.dims(), filter.weight.dims());
+        let (dims, [_, weight_inputs, kernel, _]) = (x.dims(), filter.weight.dims());
         let is_empty = x.shape().num_elements() == 0 || filter.weight.shape().num_elements() == 0;
-        if is_empty || inputs != weight_inputs {
+        if is_empty || dims[1] != weight_inputs {
             return None;
         }
-        let [x, weight] = [x, &filter.weight].map(|tensor| Some(Floats::of(tensor)?.into_contiguous()));
-        Some(Self { x: x?, weight: weight?, bias: Floats::of(&filter.bias)?.into_contiguous() })
+        let weight = Floats::of(&filter.weight)?.into_contiguous();
+        let bias = Floats::of(&filter.bias)?.into_contiguous();
+        Some(Self { x: View::of(x)?.into_contiguous(), dims, weight, kernel, bias })
     }
 
-    /// Pictures, weights and bias.
-    fn slices(&self) -> Option<[&[f32]; 3]> {
-        Some([self.x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?])
+    /// The convolution by gathering pixels.
+    fn gathered<E: Stored>(&self, level: Level, filter: &Filter) -> Option<Tensor<4>> {
+        let &Self { dims: [batch, inputs, height, width], kernel, .. } = self;
+        let (weight, bias) = (self.weight.contiguous()?, self.bias.contiguous()?);
+        let (before, after) = filter.padding;
+        let side = |side: usize| Some((side + before + after).checked_sub(kernel)? / filter.stride + 1);
+        let shape = [batch, bias.len(), side(height)?, side(width)?];
+        let mut geometry = Geometry { inputs, height, width, kernel, stride: filter.stride, before };
+        let mut grid = shape;
+        if kernel == 1 && filter.stride == 1 && filter.padding == (0, 0) {
+            // Rows do not matter: a single long one fills the panels without seams.
+            (geometry.height, geometry.width) = (1, height * width);
+            (grid[2], grid[3]) = (1, height * width);
+        }
+        let x = self.x.contiguous::<E>()?;
+        let weights = gather::pack(weight, inputs * kernel * kernel);
+        let fill = |out: &Output<E>| gather::convolve(level, x, &geometry, &weights, bias, out);
+        // SAFETY: `convolve` writes all of it.
+        #[allow(unsafe_code)]
+        let values = unsafe { Output::collect(grid, fill) };
+        Some(wrap(values, shape))
+    }
+
+    /// The convolution in Winograd's form.
+    fn tiled<E: Stored>(&self, level: Level, picture: Picture) -> Option<Tensor<4>> {
+        let [batch, inputs, height, width] = self.dims;
+        let scale = if picture == Picture::Doubled { 2 } else { 1 };
+        let (weight, bias) = (self.weight.contiguous()?, self.bias.contiguous()?);
+        let shape = [batch, bias.len(), scale * height, scale * width];
+        let weights = winograd::pack(level, picture, weight, inputs);
+        let pixels = (self.x.contiguous::<E>()?, [inputs, height, width]);
+        let fill = |out: &Output<E>| winograd::convolve(level, picture, pixels, &weights, bias, out);
+        // SAFETY: `convolve` writes all of it.
+        #[allow(unsafe_code)]
+        let values = unsafe { Output::collect(shape, fill) };
+        Some(wrap(values, shape))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::DType;
-
     use super::*;
     use crate::{
         nn::{Conv2d, Conv2dConfig, upsample_nearest_2x},

@@ -7,7 +7,10 @@ use super::{
     product::{COLS, ROWS, product},
     work::{Output, Run, for_each_task},
 };
-use crate::kernels::Level;
+use crate::kernels::{
+    Level,
+    stored::{Stored, widen_slice},
+};
 
 /// Products that are added up one by one; sums of more are sums of such sums, which round less.
 const CHUNK: usize = 512;
@@ -32,13 +35,20 @@ pub(super) fn pack(weights: &[f32], depth: usize) -> Vec<f32> {
 /// - `weights`: from [`pack`]
 /// - `bias`: `[out]`
 /// - `out`: `[batch, out, ..]`, all of it is written
-pub(super) fn convolve(level: Level, x: &[f32], geometry: &Geometry, weights: &[f32], bias: &[f32], out: &Output) {
+pub(super) fn convolve<E: Stored>(
+    level: Level,
+    x: &[E],
+    geometry: &Geometry,
+    weights: &[f32],
+    bias: &[f32],
+    out: &Output<E>,
+) {
     let depth = geometry.inputs * geometry.kernel * geometry.kernel;
     let [batch, outputs, height, width] = out.shape();
     let scratch = || (vec![0.0; depth * COLS], [0.0; ROWS * COLS], [0.0; ROWS * COLS]);
     for_each_task([batch, height, width], outputs, scratch, |(panel, sums, part), task| {
         for run in &task.runs {
-            gather(x, geometry, *run, panel);
+            gather(level, x, geometry, *run, panel);
         }
         for block in task.blocks.clone() {
             sums.fill(0.0);
@@ -55,7 +65,7 @@ pub(super) fn convolve(level: Level, x: &[f32], geometry: &Geometry, weights: &[
                     // SAFETY: tasks share neither positions nor channels.
                     #[allow(unsafe_code)]
                     unsafe {
-                        out.write([run.picture, channel, run.row, run.col], &sums[run.at..][..run.len]);
+                        out.write(level, [run.picture, channel, run.row, run.col], &sums[run.at..][..run.len]);
                     }
                 }
             }
@@ -64,7 +74,7 @@ pub(super) fn convolve(level: Level, x: &[f32], geometry: &Geometry, weights: &[
 }
 
 /// Copies the pixels under every weight, for the output positions of a run, into their columns of `[depth, COLS]`.
-fn gather(x: &[f32], geometry: &Geometry, run: Run, panel: &mut [f32]) {
+fn gather<E: Stored>(level: Level, x: &[E], geometry: &Geometry, run: Run, panel: &mut [f32]) {
     let &Geometry { inputs, height, width, kernel, stride, before } = geometry;
     let mut rows = panel.chunks_exact_mut(COLS);
     for input in 0..inputs {
@@ -89,8 +99,10 @@ fn gather(x: &[f32], geometry: &Geometry, run: Run, panel: &mut [f32]) {
                 }
                 let from = &from[(run.col + first) * stride + dx - before..];
                 match stride {
-                    1 => to[first..last].copy_from_slice(&from[..last - first]),
-                    _ => to[first..last].iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, from)| *to = *from),
+                    1 => widen_slice(level, &from[..last - first], &mut to[first..last]),
+                    _ => {
+                        to[first..last].iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, x)| *to = x.widen())
+                    }
                 }
             }
         }

@@ -16,7 +16,11 @@ use super::{
     product::{COLS, ROWS, product},
     work::{Output, Run, Task, for_each_task},
 };
-use crate::kernels::{Level, level::with_level};
+use crate::kernels::{
+    Level,
+    level::with_level,
+    stored::{Stored, widen_slice},
+};
 
 /// Values of one row or column of a tile for all tiles of a panel.
 type Lane = [f32; COLS];
@@ -116,13 +120,13 @@ struct Scratch {
 /// - `weights`: from [`pack`]
 /// - `bias`: `[out]`
 /// - `out`: `[batch, out, height, width]`, twice the sides if the picture is doubled; all of it is written
-pub(super) fn convolve(
+pub(super) fn convolve<E: Stored>(
     level: Level,
     picture: Picture,
-    (x, [inputs, height, width]): (&[f32], [usize; 3]),
+    (x, [inputs, height, width]): (&[E], [usize; 3]),
     weights: &[f32],
     bias: &[f32],
-    out: &Output,
+    out: &Output<E>,
 ) {
     let [batch, outputs, out_height, out_width] = out.shape();
     let (side, products) = (picture.products(), picture.count());
@@ -139,7 +143,7 @@ pub(super) fn convolve(
                 let pixels = &x[(run.picture * inputs + input) * height * width..][..height * width];
                 match picture {
                     Picture::Plain => read_tiles(level, pixels, [height, width], *run, tiles),
-                    Picture::Doubled => read_doubled_tiles(pixels, [height, width], *run, tiles),
+                    Picture::Doubled => read_doubled_tiles(level, pixels, [height, width], *run, tiles),
                 }
             }
             let (tiles, panels, stride) = (picture.tile(tiles), &mut panels[input * COLS..], inputs * COLS);
@@ -156,14 +160,20 @@ pub(super) fn convolve(
             for lane in 0..ROWS {
                 let channel = block * ROWS + lane;
                 let Some(&bias) = bias.get(channel) else { break };
-                write_rows(&join(level, picture, &sums[lane * COLS..], bias), channel, task, out);
+                write_rows(level, &join(level, picture, &sums[lane * COLS..], bias), channel, task, out);
             }
         }
     });
 }
 
 /// Reads the pixels of the tiles of a run, whose first row and column stand one before their outputs.
-fn read_tiles(level: Level, pixels: &[f32], [height, width]: [usize; 2], run: Run, tiles: &mut [[Lane; 4]; 4]) {
+fn read_tiles<E: Stored>(
+    level: Level,
+    pixels: &[E],
+    [height, width]: [usize; 2],
+    run: Run,
+    tiles: &mut [[Lane; 4]; 4],
+) {
     let mut row = [0.0; 2 * COLS + 4];
     // The picture begins at column 1 of the row if the run begins at its left side.
     let skip = usize::from(run.col == 0);
@@ -171,7 +181,7 @@ fn read_tiles(level: Level, pixels: &[f32], [height, width]: [usize; 2], run: Ru
     let len = (2 * run.len + 2 - skip).min(width - first);
     for (dy, tiles) in tiles.iter_mut().enumerate() {
         match (2 * run.row + dy).checked_sub(1).filter(|&y| y < height) {
-            Some(y) => row[skip..][..len].copy_from_slice(&pixels[y * width + first..][..len]),
+            Some(y) => widen_slice(level, &pixels[y * width + first..][..len], &mut row[skip..]),
             None => row.fill(0.0),
         }
         let (row, run) = (&row, &run);
@@ -190,7 +200,13 @@ fn read_tiles(level: Level, pixels: &[f32], [height, width]: [usize; 2], run: Ru
 }
 
 /// Reads the pixels of the tiles of a run on the picture before doubling: 3x3 different ones.
-fn read_doubled_tiles(pixels: &[f32], [height, width]: [usize; 2], run: Run, tiles: &mut [[Lane; 4]; 4]) {
+fn read_doubled_tiles<E: Stored>(
+    level: Level,
+    pixels: &[E],
+    [height, width]: [usize; 2],
+    run: Run,
+    tiles: &mut [[Lane; 4]; 4],
+) {
     for (dy, tiles) in tiles.iter_mut().take(3).enumerate() {
         let y = (run.row + dy).checked_sub(1).filter(|&y| y < height);
         for (dx, tiles) in tiles.iter_mut().take(3).enumerate() {
@@ -200,7 +216,7 @@ fn read_doubled_tiles(pixels: &[f32], [height, width]: [usize; 2], run: Run, til
             let skip = usize::from(run.col + dx == 0);
             let first = run.col + dx + skip - 1;
             let len = (run.len - skip).min(width - first);
-            to[skip..][..len].copy_from_slice(&pixels[y * width + first..][..len]);
+            widen_slice(level, &pixels[y * width + first..][..len], &mut to[skip..]);
         }
     }
 }
@@ -266,7 +282,7 @@ fn lane(values: &[f32]) -> &Lane {
 }
 
 /// Writes the pixels that are inside the picture.
-fn write_rows(rows: &[[f32; 2 * COLS]; 2], channel: usize, task: &Task, out: &Output) {
+fn write_rows<E: Stored>(level: Level, rows: &[[f32; 2 * COLS]; 2], channel: usize, task: &Task, out: &Output<E>) {
     let [_, _, height, width] = out.shape();
     for run in &task.runs {
         let len = (2 * run.len).min(width - 2 * run.col);
@@ -274,7 +290,7 @@ fn write_rows(rows: &[[f32; 2 * COLS]; 2], channel: usize, task: &Task, out: &Ou
             // SAFETY: tasks share neither tiles nor channels.
             #[allow(unsafe_code)]
             unsafe {
-                out.write([run.picture, channel, y, 2 * run.col], &row[2 * run.at..][..len]);
+                out.write(level, [run.picture, channel, y, 2 * run.col], &row[2 * run.at..][..len]);
             }
         }
     }

@@ -9,6 +9,7 @@ use std::{
 use rayon::prelude::*;
 
 use super::product::{COLS, ROWS};
+use crate::kernels::{Level, stored::Stored};
 
 /// Tasks per thread that are enough to keep all threads busy to the end.
 const TASKS_PER_THREAD: usize = 4;
@@ -80,23 +81,23 @@ fn runs(positions: Range<usize>, rows: usize, cols: usize) -> Vec<Run> {
     runs
 }
 
-/// New pictures that threads fill together.
-pub(super) struct Output {
-    values: *mut MaybeUninit<f32>,
+/// New pictures that threads fill together, stored as `E`.
+pub(super) struct Output<E> {
+    values: *mut MaybeUninit<E>,
     shape: [usize; 4],
 }
 
 // SAFETY: values are reached only through `write`, whose callers do not overlap.
 #[allow(unsafe_code)]
-unsafe impl Sync for Output {}
+unsafe impl<E: Send> Sync for Output<E> {}
 
-impl Output {
+impl<E: Stored> Output<E> {
     /// The values of pictures `[batch, channels, height, width]` that `fill` writes.
     ///
     /// # Safety
     /// `fill` writes every value.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn collect(shape: [usize; 4], fill: impl FnOnce(&Self)) -> Vec<f32> {
+    pub(super) unsafe fn collect(shape: [usize; 4], fill: impl FnOnce(&Self)) -> Vec<E> {
         let len = shape.iter().product();
         let mut values = Vec::with_capacity(len);
         fill(&Self { values: values.spare_capacity_mut().as_mut_ptr(), shape });
@@ -110,22 +111,25 @@ impl Output {
         self.shape
     }
 
-    /// Writes neighbours in one row of one channel.
+    /// Rounds and writes neighbours in one row of one channel.
     ///
     /// # Safety
     /// No other thread writes the same values.
     ///
     /// # Panics
-    /// If they reach over the end of the row.
+    /// If they reach over the end of the row, or are more than fit into two panels.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn write(&self, [picture, channel, row, col]: [usize; 4], neighbours: &[f32]) {
+    pub(super) unsafe fn write(&self, level: Level, [picture, channel, row, col]: [usize; 4], neighbours: &[f32]) {
         let [batch, channels, height, width] = self.shape;
         assert!(picture < batch && channel < channels && row < height && col + neighbours.len() <= width);
         let start = ((picture * channels + channel) * height + row) * width + col;
+        let mut stored = [E::default(); 2 * COLS];
+        let stored = &mut stored[..neighbours.len()];
+        E::narrow_slice(level, neighbours, stored);
         // SAFETY: the position was checked; the caller keeps other threads away.
         unsafe {
-            let to = self.values.add(start).cast::<f32>();
-            to.copy_from_nonoverlapping(neighbours.as_ptr(), neighbours.len());
+            let to = self.values.add(start).cast::<E>();
+            to.copy_from_nonoverlapping(stored.as_ptr(), stored.len());
         }
     }
 }

@@ -456,7 +456,7 @@ mod tests {
 
     #[test]
     fn gradients_of_causal_attention() {
-        for sizes in [[1, 1, 5, 1, 1, 6], [2, 7, 7, 2, 2, 8], [1, 29, 53, 1, 3, 16]] {
+        for sizes in [[1, 1, 5, 1, 1, 6], [2, 7, 7, 2, 2, 8], [1, 29, 53, 1, 3, 16], [1, 101, 290, 1, 1, 10]] {
             check_attention(sizes, Attention { visibility: Visibility::Causal, ..Default::default() });
         }
     }
