@@ -262,6 +262,12 @@ mod tests {
     }
 
     #[test]
+    fn results_larger_than_the_caches_match_the_sum() {
+        check(1030, 3, 2112, |w| w);
+        check(1031, 2, 2059, |w| w);
+    }
+
+    #[test]
     fn nan_and_infinity_pass_through() {
         for rows in [1, 50, 60] {
             let mut x = values([rows, 40], 1);

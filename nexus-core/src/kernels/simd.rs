@@ -64,6 +64,7 @@ pub(crate) trait Simd: Copy {
     ///
     /// # Safety
     /// As for the trait; for [`Avx512`] the CPU also has AVX512_BF16.
+    #[cfg(feature = "train")]
     #[inline(always)]
     unsafe fn paired(self, second: Self) -> Self {
         let mut lanes = [[0.0; 16]; 2];
@@ -429,6 +430,7 @@ mod x86 {
         unsafe fn store_bf16(self, to: *mut bf16) {
             unsafe { to.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(self.0)) }
         }
+        #[cfg(feature = "train")]
         #[inline(always)]
         unsafe fn paired(self, second: Self) -> Self {
             // SAFETY: both types are 256 bits that may be anything.

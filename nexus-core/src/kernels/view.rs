@@ -27,6 +27,7 @@ impl View {
     }
 
     /// Like [`View::of`], for f32 tensors alone.
+    #[cfg(feature = "train")]
     pub(crate) fn f32<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
         if tensor.dtype() == DType::F32 { Self::of(tensor) } else { None }
     }

@@ -139,3 +139,46 @@ unsafe fn turn_with<S: Simd>(sums: &[f32], stride: usize, lines: &mut [[f32; TAS
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    /// Writes all rows; a value is its index.
+    fn write_all<Y: Stored>(memory: &mut [Y], [rows, outputs]: [usize; 2], is_large: bool) {
+        let out = Columns { to: memory.as_mut_ptr(), rows, outputs, is_large };
+        for row in 0..rows {
+            for first in (0..outputs).step_by(TASK_OUTPUTS) {
+                let columns = first..outputs.min(first + TASK_OUTPUTS);
+                let line: Vec<f32> = columns.map(|column| (row * outputs + column) as f32).collect();
+                // SAFETY: the memory has all rows, and is only read afterwards.
+                unsafe { out.put(Level::detect(), row, first, &line) };
+            }
+        }
+        out.finish();
+    }
+
+    #[test]
+    fn what_goes_past_the_caches_is_what_was_written() {
+        fn check<Y: Stored>() {
+            for [rows, outputs] in [[3, 128], [2, 64], [3, 96], [5, 67], [2, 1]] {
+                let mut memory = vec![Y::default(); rows * outputs + 64];
+                let aligned = memory.as_ptr().align_offset(64).min(32);
+                for start in [aligned, aligned + 1] {
+                    memory.fill(Y::default());
+                    write_all(&mut memory[start..][..rows * outputs], [rows, outputs], true);
+                    let mut near = vec![Y::default(); rows * outputs];
+                    write_all(&mut near, [rows, outputs], false);
+                    assert!(near.iter().enumerate().all(|(i, value)| value.widen() == i as f32));
+                    assert!(memory[start..].iter().zip(&near).all(|(x, y)| x.widen() == y.widen()));
+                    let outside = memory[..start].iter().chain(&memory[start + rows * outputs..]);
+                    assert!(outside.into_iter().all(|value| value.widen() == 0.0), "{start} {rows} {outputs}");
+                }
+            }
+        }
+        check::<f32>();
+        check::<f16>();
+    }
+}
