@@ -66,9 +66,6 @@ impl View {
 
     /// The same tensor with its values in row-major order, copied if they do not lie so.
     pub(crate) fn into_contiguous(self) -> Self {
-        if self.tensor.layout().contiguous_offsets().is_some() {
-            return self;
-        }
         Self { tensor: in_one_piece(self.tensor) }
     }
 

@@ -53,9 +53,21 @@ pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &A
 pub(super) struct Attended {
     /// `[batch, queries, heads * head_dim]`.
     pub(super) mixed: Tensor<3>,
-    /// `log2(sum(exp(scores)))` of every query, `[batch, queries, heads]`.
     #[cfg_attr(not(feature = "train"), expect(dead_code, reason = "for the backward pass"))]
+    pub(super) kept: Kept,
+}
+
+/// What it takes to compute the weights again.
+#[cfg_attr(not(feature = "train"), expect(dead_code, reason = "for the backward pass"))]
+pub(super) struct Kept {
+    /// `log2(sum(exp(scores)))` of every query, `[batch, queries, heads]`.
     pub(super) log_totals: Vec<f32>,
+    /// Queries and the keys that they may see.
+    pub(super) spans: Vec<(Range<usize>, Range<usize>)>,
+    /// Keys before the first query, if a query sees none after itself.
+    pub(super) past: Option<usize>,
+    /// Factor of the scores times log2(e).
+    pub(super) scale: f32,
 }
 
 /// Whether q, k and v hold pairs of bf16 for [`Packed`].
@@ -94,22 +106,17 @@ pub(super) fn attention_at(
         Some(bias) => Some(Rowwise::of(bias)?),
         None => None,
     };
-    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-    let shared = Shared {
-        bias: bias.as_ref().map(Rowwise::rows),
-        scale: (scale * std::f64::consts::LOG2_E) as f32,
-        past,
-        group: heads / kv_heads,
-    };
+    let scale = (options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()) * std::f64::consts::LOG2_E) as f32;
+    let shared = Shared { bias: bias.as_ref().map(Rowwise::rows), scale, past, group: heads / kv_heads };
     let (dtype, shape) = (q.dtype(), [batch, queries, heads * head_dim]);
     if pairs && hold_pairs([q, k, v]) {
         let (q, k, v) = (Halves::of(q)?, Halves::of(k)?, Halves::of(v)?);
         let (mixed, log_totals) = Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level);
-        return Some(Attended { mixed: wrap(mixed, shape), log_totals });
+        return Some(Attended { mixed: wrap(mixed, shape), kept: Kept { log_totals, spans, past, scale } });
     }
     let (q, k, v) = (Rowwise::of(q)?, Rowwise::of(k)?, Rowwise::of(v)?);
     let (mixed, log_totals) = Call { q: q.rows(), k: k.rows(), v: v.rows(), shared }.run(&spans, level);
-    Some(Attended { mixed: wrap_as(dtype, mixed, shape), log_totals })
+    Some(Attended { mixed: wrap_as(dtype, mixed, shape), kept: Kept { log_totals, spans, past, scale } })
 }
 
 /// A tensor, widened, whose last dimension lies in one piece.
@@ -232,7 +239,7 @@ impl<E: Packed> Call<'_, E> {
         tasks
     }
 
-    /// The mixed values and [`Attended::log_totals`].
+    /// The mixed values and [`Kept::log_totals`].
     fn run(&self, spans: &[(Range<usize>, Range<usize>)], level: Level) -> (Vec<E>, Vec<f32>) {
         let [batch, queries, heads, head_dim] = self.q.dims;
         let mut values = vec![E::default(); batch * queries * heads * head_dim];

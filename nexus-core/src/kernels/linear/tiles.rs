@@ -21,7 +21,7 @@ use super::{
     pack::{pack, pack_rest, prefetch},
 };
 
-/// Outputs that a task computes: whole cache lines of any dtype, and few enough that no task of a usual width has less.
+/// Outputs that a task computes: whole cache lines of any dtype, and a divisor of what widths usually are.
 pub(super) const TASK_OUTPUTS: usize = 64;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
 const BLOCK: usize = 256;

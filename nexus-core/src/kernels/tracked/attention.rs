@@ -15,20 +15,19 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use self::sums::{KEYS, Options, ROWS, Sums};
-
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
         Level,
-        attention::{Attended, Halves, Output, Rowwise, Strided, attention_at, hold_pairs},
+        attention::{Attended, Halves, Kept, Output, Rowwise, Strided, attention_at, hold_pairs},
         packed::Packed,
         simd::{Portable, Simd},
         wrap,
     },
     Gradient, Operand, Parent, gradient, parents, record,
 };
-use crate::nn::{Attention, Visibility};
+use crate::nn::Attention;
 
 /// Attention without bias; with one it is left to the plain formulation.
 ///
@@ -46,51 +45,29 @@ pub(in super::super) fn attention(
     let (q, k, v) = (Operand::of(q)?, Operand::of(k)?, Operand::of(v)?);
     let level = Level::detect();
     let inputs = [&q.value, &k.value, &v.value];
-    let Attended { mixed, log_totals } = attention_at(level, level.multiplies_bf16(), inputs, options)?;
+    let Attended { mixed, kept: weights } = attention_at(level, level.multiplies_bf16(), inputs, options)?;
     let inputs = inputs.map(Tensor::clone);
-    let ([_, queries, _, head_dim], [_, keys, ..]) = (q.value.dims(), k.value.dims());
-    let (spans, past) = match options.visibility {
-        Visibility::All => (vec![(0..queries, 0..keys)], None),
-        Visibility::Causal => (vec![(0..queries, 0..keys)], Some(keys - queries)),
-        Visibility::Segments(bounds) => {
-            (bounds.windows(2).map(|pair| (pair[0]..pair[1], pair[0]..pair[1])).collect(), None)
-        }
-    };
-    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt()) as f32;
     let kept: Tensor<4> = mixed.clone().reshape(q.value.dims());
     Some(record(parents![q, k, v], mixed, move |upstream: Tensor<3>, wanted| {
         let ([q, k, v], upstream) = (&inputs, upstream.reshape(kept.dims()));
-        let options = Options { dim: head_dim, scale, wanted };
-        let shared = Shared { log_totals: &log_totals, options, past };
+        let options = Options { dim: q.dims()[3], scale: weights.scale, wanted };
         if level.multiplies_bf16() && hold_pairs([q, k, v]) {
             let halves = |tensor| Halves::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
             let tensors = [q, k, v, &upstream, &kept].map(halves);
-            return Call { tensors: tensors.each_ref().map(Halves::rows), shared }.run(level, &spans);
+            return Call { tensors: tensors.each_ref().map(Halves::rows), weights: &weights, options }.run(level);
         }
         let rowwise = |tensor| Rowwise::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
         let tensors = [q, k, v, &upstream, &kept].map(rowwise);
-        Call { tensors: tensors.each_ref().map(Rowwise::rows), shared }.run(level, &spans)
+        Call { tensors: tensors.each_ref().map(Rowwise::rows), weights: &weights, options }.run(level)
     }))
 }
-
-/// Queries and the keys that they may see.
-type Span = (Range<usize>, Range<usize>);
 
 /// Inputs of one call.
 struct Call<'a, E> {
     /// q, k, v, the gradient of the mixed values and those: `[batch, queries or keys, heads, head_dim]`.
     tensors: [Strided<'a, E>; 5],
-    shared: Shared<'a>,
-}
-
-/// What does not depend on how values are stored.
-#[derive(Clone, Copy)]
-struct Shared<'a> {
-    /// See [`Attended`].
-    log_totals: &'a [f32],
+    weights: &'a Kept,
     options: Options,
-    /// Keys before the first query, if a query sees none after itself.
-    past: Option<usize>,
 }
 
 /// One key/value head and a span; row `r` is query `queries.start + r / group` in head `kv_head * group + r % group`.
@@ -114,7 +91,7 @@ impl Task {
 }
 
 impl<'a, E: Packed> Call<'a, E> {
-    fn run(&self, level: Level, spans: &[Span]) -> [Option<Gradient>; 3] {
+    fn run(&self, level: Level) -> [Option<Gradient>; 3] {
         let [q, k, v, ..] = self.tensors;
         let ([batch, _, heads, head_dim], [_, _, kv_heads, _]) = (q.dims, k.dims);
         let mut gradients = [q, k, v].map(|input| vec![E::default(); input.dims.iter().product()]);
@@ -123,7 +100,7 @@ impl<'a, E: Packed> Call<'a, E> {
         let tasks: Vec<Task> = (0..batch)
             .flat_map(heads_of)
             .flat_map(|(batch, kv_head)| {
-                spans.iter().map(move |(queries, keys)| Task {
+                self.weights.spans.iter().map(move |(queries, keys)| Task {
                     batch,
                     kv_head,
                     group: heads / kv_heads,
@@ -146,7 +123,7 @@ impl<'a, E: Packed> Call<'a, E> {
             // SAFETY: every CPU has what this needs.
             _ => unsafe { self.task::<Portable, 1>(task, memory, &outputs, level) },
         });
-        let mut dims = [q.dims, k.dims, v.dims].into_iter().zip(self.shared.options.wanted);
+        let mut dims = [q.dims, k.dims, v.dims].into_iter().zip(self.options.wanted);
         gradients.map(|values| {
             let (dims, wanted) = dims.next()?;
             wanted.then(|| gradient(wrap(values, dims)))
@@ -184,9 +161,9 @@ impl<'a, E: Packed> Call<'a, E> {
         outputs: &[Output<E>; 3],
         level: Level,
     ) {
-        let ([q, k, v, upstream, mixed], Shared { log_totals, options, past }) = (self.tensors, self.shared);
+        let ([q, k, v, upstream, mixed], Kept { log_totals, past, .. }) = (self.tensors, self.weights);
         let (rows, keys) = (task.queries.len() * task.group, task.keys.len());
-        let mut sums = Sums::<E>::new::<S>(memory, options, rows);
+        let mut sums = Sums::<E>::new::<S>(memory, self.options, rows);
         let row = |tensor: Strided<'a, E>| move |row| tensor.row(task.row(row));
         // SAFETY: the caller's condition, here and below.
         unsafe {
@@ -225,7 +202,10 @@ impl<'a, E: Packed> Call<'a, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{kernels::tracked::tests::check, nn::plain_attention};
+    use crate::{
+        kernels::tracked::tests::check,
+        nn::{Visibility, plain_attention},
+    };
 
     fn check_attention([batch, queries, keys, kv_heads, group, dim]: [usize; 6], options: Attention<'static>) {
         let heads = kv_heads * group;

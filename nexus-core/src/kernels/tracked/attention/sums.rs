@@ -4,7 +4,7 @@
 //! a [`Packed`] float says.
 #![allow(unsafe_code)]
 
-use std::{f32::consts::LOG2_E, marker::PhantomData, ops::Range};
+use std::{f32::consts::LN_2, marker::PhantomData, ops::Range};
 
 use super::super::super::{
     attention::{Shape, pack_keys, parts},
@@ -23,7 +23,7 @@ pub(super) const KEYS: usize = 128;
 pub(super) struct Options {
     /// Elements of a head.
     pub(super) dim: usize,
-    /// Factor of the scores.
+    /// Factor of the scores times log2(e): that of the forward pass, as its totals are of the same scores.
     pub(super) scale: f32,
     /// Whether the gradients of q, k and v are wanted.
     pub(super) wanted: [bool; 3],
@@ -190,13 +190,13 @@ impl<'a, E: Packed> Sums<'a, E> {
 
     /// The gradient of a row of q, after all keys.
     pub(super) fn of_row(&mut self, row: usize) -> &[f32] {
-        scaled(&mut self.of_q[row * self.width..][..self.options.dim], self.options.scale)
+        scaled(&mut self.of_q[row * self.width..][..self.options.dim], self.options.scale * LN_2)
     }
 
     /// The gradients of a key and a value, after all rows.
     pub(super) fn of_key(&mut self, key: usize) -> [&[f32]; 2] {
         let [of_k, of_v] = self.of_keys.each_mut().map(|sums| &mut sums[key * self.width..][..self.options.dim]);
-        [scaled(of_k, self.options.scale), of_v]
+        [scaled(of_k, self.options.scale * LN_2), of_v]
     }
 }
 
@@ -234,7 +234,7 @@ fn pack_terms<'r, E: Packed>(rows: usize, row: impl Fn(usize) -> &'r [E], width:
 unsafe fn weigh<S: Simd>(scores: &mut [f32], slopes: &mut [f32], visible: usize, [scale, log_total, mean]: [f32; 3]) {
     // SAFETY: the caller's condition; a chunk is one vector.
     unsafe {
-        let (scale, log_total, mean) = (S::splat(scale * LOG2_E), S::splat(log_total), S::splat(mean));
+        let (scale, log_total, mean) = (S::splat(scale), S::splat(log_total), S::splat(mean));
         for (scores, slopes) in scores.chunks_exact_mut(S::LANES).zip(slopes.chunks_exact_mut(S::LANES)) {
             let weight = exp2(S::load(scores.as_ptr()).mul(scale).sub(log_total));
             weight.store(scores.as_mut_ptr());
