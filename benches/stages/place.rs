@@ -4,12 +4,12 @@ use std::sync::OnceLock;
 
 use burn::tensor::{FloatDType, Tensor};
 use nexus::{Device, Precision};
-use nexus_core::testing::{self, cpu};
+use nexus_core::testing;
 
 static DEVICE: OnceLock<Device> = OnceLock::new();
 static COMPUTE: OnceLock<FloatDType> = OnceLock::new();
 
-/// Chooses the device before anything runs; without this, it is what `BURN_DEVICE` names, or the CPU.
+/// Chooses the device before anything runs; without this, it is that of the tests, [`testing::device`].
 #[allow(dead_code, reason = "the benches leave the choice to BURN_DEVICE")]
 pub fn choose(device: Device) {
     // The first choice stays.
@@ -17,8 +17,7 @@ pub fn choose(device: Device) {
 }
 
 pub fn device() -> Device {
-    let named = || std::env::var("BURN_DEVICE").map_or_else(|_| cpu(), |name| nexus::device(&name).unwrap());
-    DEVICE.get_or_init(named).clone()
+    DEVICE.get_or_init(testing::device).clone()
 }
 
 /// Chooses the dtype of the activations before anything runs; without this, it is what suits the device.

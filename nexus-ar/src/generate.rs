@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ArError, ArModel, KvCache, NUM_IMAGE_TOKENS, Sampler, SamplingOptions, image_position_ids, position_ids};
 
-/// New tokens for which memory is taken at the start; few replies are longer.
-const RESERVED_TOKENS: usize = 256;
+/// New tokens for which memory is taken at the start, if so many are allowed; longer replies take it again.
+const MAX_RESERVED_TOKENS: usize = 4096;
 
 /// What the model continues.
 #[derive(Debug, Clone, Copy)]
@@ -246,7 +246,7 @@ impl<'a> Reply<'a> {
         let mut reply = Self {
             model,
             options,
-            cache: KvCache::with_capacity(limit.min(tokens + RESERVED_TOKENS)),
+            cache: KvCache::with_capacity(limit.min(tokens + MAX_RESERVED_TOKENS)),
             limit,
             delta: positions.delta,
             generation: Generation {

@@ -10,7 +10,7 @@ use burn::{
 use nexus_core::{
     ImageEmbeds,
     checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, index_tensor},
+    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, index_tensor, linear},
 };
 
 use crate::{ArConfig, ArError, KvCache, NAMES};
@@ -196,10 +196,7 @@ impl ArModel {
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            None => {
-                let table = self.model.embed_tokens.weight.val().cast(hidden.dtype());
-                burn::tensor::module::linear(hidden, table.transpose(), None)
-            }
+            None => linear(hidden, self.model.embed_tokens.weight.val(), None),
         }
     }
 

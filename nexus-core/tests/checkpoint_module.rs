@@ -139,16 +139,16 @@ fn report(result: Result<Tower, CheckpointError>) -> LoadReport {
 }
 
 fn load(checkpoint: &Checkpoint, options: LoadOptions) -> Result<Tower, CheckpointError> {
-    load_module(tower(SIDES, &Device::default()), checkpoint, &NAMES, &options)
+    load_module(tower(SIDES, &Device::flex()), checkpoint, &NAMES, &options)
 }
 
 #[test]
 fn the_layout_has_the_names_of_the_files_and_allocates_nothing() {
-    let layout = module_layout(&tower(SIDES, &Device::default()), &NAMES);
+    let layout = module_layout(&tower(SIDES, &Device::flex()), &NAMES);
     assert_eq!(layout, LAYOUT.map(|(name, shape)| (name.to_string(), shape.to_vec())));
 
     // 16 TB, if it were allocated.
-    let huge = block(1 << 21, 1 << 21, &Device::default());
+    let huge = block(1 << 21, 1 << 21, &Device::flex());
     assert_eq!(module_layout(&huge, &WeightNames::default()), [("weight".to_string(), vec![1 << 21, 1 << 21])]);
     let nothing = written(vec![("other".to_string(), values(&[1], 0))]);
     assert!(load_module(huge, &nothing, &WeightNames::default(), &LoadOptions::default()).is_err());
@@ -157,7 +157,7 @@ fn the_layout_has_the_names_of_the_files_and_allocates_nothing() {
 #[test]
 fn loads_every_parameter_and_keeps_its_identity() {
     let checkpoint = written(tensors());
-    let lazy = tower(SIDES, &Device::default());
+    let lazy = tower(SIDES, &Device::flex());
     let expected = ids(&lazy);
     let loaded = load_module(lazy, &checkpoint, &NAMES, &LoadOptions::default()).unwrap();
     let params = params(&loaded);
@@ -179,7 +179,7 @@ fn weights_of_the_cpu_are_the_mapped_file() {
         }
         let dtype = data.dtype();
         let checkpoint = written(vec![("w".to_string(), data)]);
-        let module = One { w: weight([element], &Device::default()) };
+        let module = One { w: weight([element], &Device::flex()) };
         let module = load_module(module, &checkpoint, &WeightNames::default(), &LoadOptions::default()).unwrap();
         assert_eq!(module.w.val().dtype(), dtype);
         let mapped = checkpoint.data("w").unwrap();
@@ -268,7 +268,7 @@ fn finds_values_that_are_not_finite() {
 fn keeps_what_requires_gradients() {
     let checkpoint = written(tensors());
     let originals: Vec<_> = tensors().into_iter().map(|(_, data)| data).collect();
-    let plain = Device::default();
+    let plain = Device::flex();
     for device in [plain.clone(), plain.autodiff()] {
         for (module, trainable) in [(tower(SIDES, &device), true), (tower(SIDES, &device).no_grad(), false)] {
             let loaded = load_module(module, &checkpoint, &NAMES, &LoadOptions::default()).unwrap();
@@ -284,7 +284,7 @@ fn keeps_what_requires_gradients() {
 #[test]
 fn gradients_reach_loaded_weights() {
     let checkpoint = written(tensors());
-    let module = tower(SIDES, &Device::default().autodiff());
+    let module = tower(SIDES, &Device::flex().autodiff());
     let options = LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
     let loaded = load_module(module, &checkpoint, &NAMES, &options).unwrap();
     let embed = loaded.embed.val();
@@ -301,18 +301,18 @@ fn shares_one_tensor_between_tied_parameters() {
         lm_head: Param<Tensor<2>>,
     }
     let names = WeightNames { renames: &[("lm_head", "embed")], ..Default::default() };
-    let embed = weight([2, 3], &Device::default());
+    let embed = weight([2, 3], &Device::flex());
     let module = Tied { lm_head: embed.clone(), embed };
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("w.safetensors");
     save_module(&module, &names, &path, None).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert_eq!(checkpoint.entries().count(), 1);
-    let fresh = Tied { embed: weight([2, 3], &Device::default()), lm_head: weight([2, 3], &Device::default()) };
+    let fresh = Tied { embed: weight([2, 3], &Device::flex()), lm_head: weight([2, 3], &Device::flex()) };
     let loaded = load_module(fresh, &checkpoint, &names, &LoadOptions::default()).unwrap();
     assert_eq!(loaded.embed.val().to_data(), loaded.lm_head.val().to_data());
     // Two parameters of one name cannot be saved.
-    let two = Tied { embed: weight([2, 3], &Device::default()), lm_head: weight([2, 3], &Device::default()) };
+    let two = Tied { embed: weight([2, 3], &Device::flex()), lm_head: weight([2, 3], &Device::flex()) };
     assert!(matches!(save_module(&two, &names, &path, None), Err(CheckpointError::DuplicateTensor { .. })));
 }
 
@@ -323,7 +323,7 @@ fn loads_integers_and_booleans() {
         ids: Param<Tensor<1, Int>>,
         used: Param<Tensor<1, Bool>>,
     }
-    let device = Device::default();
+    let device = Device::flex();
     let buffers = |ids: [i64; 2], used: [bool; 2]| Buffers {
         ids: Param::initialized(ParamId::new(), Tensor::from_data(ids, (&device, DType::I64))),
         used: Param::initialized(ParamId::new(), Tensor::from_data(used, &device)),
@@ -359,7 +359,7 @@ fn shard(checkpoint: &Checkpoint, num_shards: usize, directory: &Path) -> PathBu
 
 #[test]
 fn random_modules_round_trip_bit_by_bit() {
-    let device = Device::default();
+    let device = Device::flex();
     for round in 0..12usize {
         let sides = [1, 2, 3, 4, 5].map(|k| 1 + (round * 31 + k * 17) % 9);
         let dtype = [DType::F32, DType::F16, DType::BF16][round % 3];
@@ -396,7 +396,7 @@ fn random_modules_round_trip_bit_by_bit() {
 fn saving_a_module_fails_cleanly() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("absent").join("w.safetensors");
-    let module = tower(SIDES, &Device::default());
+    let module = tower(SIDES, &Device::flex());
     assert!(matches!(save_module(&module, &NAMES, &path, None), Err(CheckpointError::Write { .. })));
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }

@@ -24,7 +24,7 @@ fn quantises_the_weights_of_linear_layers_alone() {
         short: Linear,
         matrix: Param<Tensor<2>>,
     }
-    let device = Device::default();
+    let device = Device::flex();
     let layers = Layers {
         table: Embedding::new(4, 64, &device),
         linear: Linear::new(64, 6, &device),
@@ -63,7 +63,7 @@ fn loads_into_a_quantised_module_and_refuses_to_save_one() {
     struct One {
         w: Param<Tensor<2>>,
     }
-    let device = Device::default();
+    let device = Device::flex();
     let scheme = QuantScheme::default().with_value(QuantValue::Q8S);
     let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
     let module = One { w: matrix([8, 32], &device) }.quantize_weights(&mut quantizer);

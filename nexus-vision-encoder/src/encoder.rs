@@ -2,13 +2,13 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Device, Tensor, module::linear},
+    tensor::{Device, Tensor},
 };
 use nexus_core::{
     EmbedsError, GridThw, ImageEmbeds,
     checkpoint::{Checkpoint, CheckpointError, LoadOptions, load_module},
     config::ConfigError,
-    nn::{RotaryTable, index_tensor, inverse_frequencies, normal_param},
+    nn::{RotaryTable, index_tensor, inverse_frequencies, linear, normal_param},
 };
 
 use crate::{NAMES, PatchMerger, VisionBlock, VisionConfig, WindowLayout, window::patch_coordinates};
@@ -150,9 +150,7 @@ impl PatchEmbed {
     pub fn forward(&self, patches: Tensor<2>) -> Tensor<3> {
         let weight = self.proj.weight.val();
         let [hidden, channels, frames, height, width] = weight.dims();
-        let weight = weight.reshape([hidden, channels * frames * height * width]);
-        let weight = if weight.dtype() == patches.dtype() { weight } else { weight.cast(patches.dtype()) };
-        linear(patches, weight.transpose(), None).unsqueeze()
+        linear(patches, weight.reshape([hidden, channels * frames * height * width]), None).unsqueeze()
     }
 }
 

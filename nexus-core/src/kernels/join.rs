@@ -101,7 +101,7 @@ fn join<E: Stored>(parts: &[&FlexTensor], shape: &[usize], dim: usize) -> Vec<E>
     let mut values = Vec::<E>::with_capacity(len);
     let target = Target { to: values.as_mut_ptr(), len };
     let mut offset = 0;
-    for part in parts {
+    for part in parts.iter().filter(|part| part.layout().shape()[dim] > 0) {
         copy(part, &strides, offset, dim, &target);
         offset += part.layout().shape()[dim] * strides[dim] as usize;
     }

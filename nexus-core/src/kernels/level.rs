@@ -2,7 +2,7 @@
 
 /// Vector instructions that a kernel may use; later ones include the earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Level {
+pub enum Level {
     /// What every CPU of the target has.
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
@@ -14,17 +14,10 @@ pub(crate) enum Level {
 impl Level {
     /// The highest level of this CPU.
     pub(crate) fn detect() -> Self {
-        #[cfg(test)]
-        if let Some(level) = FORCED.get() {
-            return level;
-        }
+        #[cfg(any(test, feature = "testing"))]
+        return Self::detect_cpu().min(LIMIT.get());
+        #[cfg(not(any(test, feature = "testing")))]
         Self::detect_cpu()
-    }
-
-    /// What [`Level::detect`] gives from now on in this thread; a level of [`Level::available`].
-    #[cfg(test)]
-    pub(crate) fn force(level: Self) {
-        FORCED.set(Some(level));
     }
 
     pub(crate) fn detect_cpu() -> Self {
@@ -60,8 +53,8 @@ impl Level {
     }
 
     /// Every level that this CPU can run, for tests.
-    #[cfg(test)]
-    pub(crate) fn available() -> impl Iterator<Item = Self> {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn available() -> impl Iterator<Item = Self> {
         [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect_cpu())
     }
 }
@@ -116,9 +109,17 @@ mod amx {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 thread_local! {
-    static FORCED: std::cell::Cell<Option<Level>> = const { std::cell::Cell::new(None) };
+    static LIMIT: std::cell::Cell<Level> = const { std::cell::Cell::new(Level::Avx512) };
+}
+
+/// Kernels that this thread calls from now on use no higher level, as if the CPU had none.
+///
+/// Products that the `gemm` crate does, of f32 by f32, choose their instructions themselves.
+#[cfg(any(test, feature = "testing"))]
+pub fn limit_cpu(level: Level) {
+    LIMIT.set(level);
 }
 
 /// Compiles a function once per level and calls the version for the level given first.

@@ -34,7 +34,9 @@ pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use elementwise::{activate, activate_times, gated_residual};
 pub(crate) use join::{cat, split};
-pub(crate) use level::Level;
+pub use level::Level;
+#[cfg(any(test, feature = "testing"))]
+pub use level::limit_cpu;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
 pub(crate) use rotary::rotate;

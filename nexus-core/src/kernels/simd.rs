@@ -87,7 +87,7 @@ pub(crate) trait Simd: Copy {
         for (lane, row) in rows.into_iter().enumerate() {
             for column in 0..8 {
                 // SAFETY: the caller's condition.
-                unsafe { *to.add(column * stride + lane) = row.add(column).read_unaligned() };
+                unsafe { to.add(column * stride + lane).write_unaligned(row.add(column).read_unaligned()) };
             }
         }
     }
@@ -178,23 +178,23 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller vouches for eight elements.
-        Self(std::array::from_fn(|lane| unsafe { *from.add(lane) }))
+        Self(std::array::from_fn(|lane| unsafe { from.add(lane).read_unaligned() }))
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: as in `load`.
-        Self(std::array::from_fn(|lane| unsafe { (*from.add(lane)).to_f32() }))
+        Self(std::array::from_fn(|lane| unsafe { from.add(lane).read_unaligned().to_f32() }))
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: as in `load`.
-        Self(std::array::from_fn(|lane| unsafe { (*from.add(lane)).to_f32() }))
+        Self(std::array::from_fn(|lane| unsafe { from.add(lane).read_unaligned().to_f32() }))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         for (lane, value) in self.0.into_iter().enumerate() {
             // SAFETY: the caller vouches for eight elements.
-            unsafe { *to.add(lane) = value };
+            unsafe { to.add(lane).write_unaligned(value) };
         }
     }
     // Not fused: without the instruction, `f32::mul_add` is a function call.

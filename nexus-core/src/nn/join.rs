@@ -68,6 +68,19 @@ mod tests {
     }
 
     #[test]
+    fn empty_parts_add_nothing() {
+        let x: Tensor<2> = ramp([3, 4], 1);
+        for dim in 0..2 {
+            let empty = x.clone().narrow(dim, 0, 1).slice_dim(dim, 0..0);
+            for tensors in [vec![empty.clone(), x.clone()], vec![x.clone(), empty.clone(), x.clone(), empty.clone()]] {
+                assert_eq!(cat(tensors.clone(), dim).into_data(), Tensor::cat(tensors, dim).into_data());
+            }
+        }
+        let x: Tensor<1> = ramp([5], 1);
+        assert_eq!(cat(vec![x.clone().slice_dim(0, 0..0), x.clone()], 0).into_data(), x.into_data());
+    }
+
+    #[test]
     fn many_values_are_joined_by_several_threads() {
         for dim in 0..2 {
             let (x, y): (Tensor<2>, Tensor<2>) = (ramp([400, 700], 1), ramp([400, 700], 2));

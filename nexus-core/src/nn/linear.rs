@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Initializer, Module, Param},
-    tensor::{Device, Tensor, module::linear},
+    tensor::{Device, Tensor, module},
 };
 
 use super::{cast_like, normal_param, quantization::dequantized};
@@ -36,20 +36,33 @@ impl Linear {
     /// # Panics
     /// If the last dimension of `x` is not `in`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let weight = dequantized(self.weight.val());
-        let bias = self.bias.as_ref().map(|bias| bias.val());
-        #[cfg(feature = "flex")]
-        if let Some(y) = crate::kernels::linear(&x, &weight, bias.as_ref()) {
-            return y;
-        }
-        let weight = cast_like(weight, &x);
-        let bias = bias.map(|bias| cast_like(bias, &x));
-        #[cfg(feature = "cube")]
-        if let Some(y) = crate::cube::linear(&x, &weight, bias.as_ref()) {
-            return y;
-        }
-        linear(x, weight.transpose(), bias)
+        linear(x, self.weight.val(), self.bias.as_ref().map(|bias| bias.val()))
     }
+}
+
+/// `x Wᵀ + b` in the dtype of `x`, for weights that belong to no [`Linear`].
+///
+/// # Shapes
+/// - `x`: `[.., in]`
+/// - `weight`: `[out, in]`, in any dtype of floats or quantised
+/// - `bias`: `[out]`
+/// - returns: `[.., out]`
+///
+/// # Panics
+/// If the shapes do not belong together.
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let weight = dequantized(weight);
+    #[cfg(feature = "flex")]
+    if let Some(y) = crate::kernels::linear(&x, &weight, bias.as_ref()) {
+        return y;
+    }
+    let weight = cast_like(weight, &x);
+    let bias = bias.map(|bias| cast_like(bias, &x));
+    #[cfg(feature = "cube")]
+    if let Some(y) = crate::cube::linear(&x, &weight, bias.as_ref()) {
+        return y;
+    }
+    module::linear(x, weight.transpose(), bias)
 }
 
 #[cfg(test)]

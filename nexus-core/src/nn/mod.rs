@@ -1,7 +1,7 @@
 //! Neural-network blocks shared by the models: configuration -> module -> tensors.
 //!
-//! Weights keep the dtype of the file and activations keep theirs: every block casts its weights to the dtype of its
-//! input, so that bf16 weights can be used with f32 activations. A block belongs here when a second crate needs it.
+//! Weights keep the dtype of the file and activations keep theirs: every block computes in the dtype of its input, so that
+//! bf16 weights can be used with f32 activations. The kernels for CPUs read weights as they are stored, elsewhere they are cast. A block belongs here when a second crate needs it.
 
 /// Returns what the kernels for CPUs or GPUs make of a tensor; where they do not know it, they give it back.
 macro_rules! kernels_first {
@@ -47,7 +47,7 @@ pub use embedding::Embedding;
 pub use gated_mlp::GatedMlp;
 pub use join::{cat, split};
 pub use key_value::KeyValue;
-pub use linear::Linear;
+pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
 pub use quantization::{Quantization, weight_bytes};
 pub use recomputation::{Activation, Recomputation};

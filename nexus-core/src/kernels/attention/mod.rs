@@ -2,7 +2,7 @@
 //!
 //! A task is a block of queries of all heads that share one key/value head. It walks over tiles of keys, packs each once
 //! for all its rows, and keeps a running softmax, so that a row's result does not depend on how rows are divided into
-//! tasks.
+//! tasks. That is so for finite values: those of a key that only the next few rows see are read with a weight of zero.
 #![allow(unsafe_code)]
 
 mod tile;

@@ -5,10 +5,12 @@
 //! and each of the 16 is a matrix product over the channels. A picture doubled by repeating pixels has tiles with
 //! `d1 = d2`, so one product of four is zero and 9 are left; their pixels are read from the picture that was not doubled.
 //!
-//! Rounding stays within a few units of direct summation. A NaN or infinite pixel makes NaN of the whole tiles that read
-//! it, which can be one pixel further than in the direct sum.
+//! Rounding stays within a few units of direct summation. What is not finite, or overflows in a difference, spreads over the
+//! whole tile, so callers are told and take the direct sum.
 //!
 //! Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", F(2x2, 3x3).
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rayon::prelude::*;
 
@@ -115,6 +117,8 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
+/// Whether all results are finite; if not, some may be infinite or NaN that the direct sum would not have.
+///
 /// # Shapes
 /// - `x`: `[batch, in, height, width]`, sizes without the batch as given
 /// - `weights`: from [`pack`]
@@ -127,7 +131,8 @@ pub(super) fn convolve<E: Stored>(
     weights: &[f32],
     bias: &[f32],
     out: &Output<E>,
-) {
+) -> bool {
+    let all_finite = AtomicBool::new(true);
     let [batch, outputs, out_height, out_width] = out.shape();
     let (side, products) = (picture.products(), picture.count());
     let blocks = outputs.div_ceil(ROWS);
@@ -160,10 +165,24 @@ pub(super) fn convolve<E: Stored>(
             for lane in 0..ROWS {
                 let channel = block * ROWS + lane;
                 let Some(&bias) = bias.get(channel) else { break };
-                write_rows(level, &join(level, picture, &sums[lane * COLS..], bias), channel, task, out);
+                let rows = join(level, picture, &sums[lane * COLS..], bias);
+                if !are_finite(level, &rows) {
+                    all_finite.store(false, Relaxed);
+                }
+                write_rows(level, &rows, channel, task, out);
             }
         }
     });
+    all_finite.into_inner()
+}
+
+fn are_finite(level: Level, rows: &[[f32; 2 * COLS]; 2]) -> bool {
+    with_level!(
+        level,
+        fn all_finite(rows: &[[f32; 2 * COLS]; 2]) -> bool {
+            rows.iter().flatten().fold(true, |all, value| all & value.is_finite())
+        }
+    )
 }
 
 /// Reads the pixels of the tiles of a run, whose first row and column stand one before their outputs.

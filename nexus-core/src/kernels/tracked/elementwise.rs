@@ -117,6 +117,8 @@ fn quick_gelu_slope(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_tanh_slope(x: f32) -> f32 {
     const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
+    // Beyond this the slope is 0 or 1, and the cube of more would overflow.
+    let x = x.clamp(-100.0, 100.0);
     let inner = (x + x * x * x * 0.044_715) * -TWO_SQRT_2_OVER_PI;
     let sigmoid = 1.0 / (1.0 + exp(inner));
     let slope = TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044_715 * x * x);
@@ -239,6 +241,7 @@ mod tests {
                 assert_eq!(slope(x), expected, "at {x}");
             }
         }
+        assert_eq!([gelu_tanh_slope(-1e20), gelu_tanh_slope(1e20)], [0.0, 1.0]);
     }
 
     #[test]

@@ -146,7 +146,7 @@ unsafe fn turn<S: Simd>(values: &[bf16], columns: usize, rows: usize, to: &mut [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{ramp, relative_drift};
+    use crate::testing::{limit_cpu, ramp, relative_drift};
 
     #[test]
     fn a_turned_matrix_has_its_rows_as_columns() {
@@ -191,7 +191,7 @@ mod tests {
             let expected = run(&x.clone().cast(DType::F32), &weight, &bias);
             let names = ["result", "gradient of x", "gradient of the weight", "gradient of the bias"];
             for level in Level::available() {
-                Level::force(level);
+                limit_cpu(level);
                 for (i, (actual, expected)) in run(&x, &weight, &bias).iter().zip(&expected).enumerate() {
                     let drift = relative_drift(actual, expected);
                     let most = if i < 2 { 4e-3 } else { 2e-5 };
@@ -202,7 +202,7 @@ mod tests {
                     );
                 }
             }
-            Level::force(Level::detect_cpu());
+            limit_cpu(Level::Avx512);
         }
     }
 }

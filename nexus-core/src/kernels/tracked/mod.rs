@@ -194,7 +194,7 @@ mod tests {
     use super::*;
     use crate::{
         kernels::Level,
-        testing::{cpu, ramp, relative_drift},
+        testing::{cpu, limit_cpu, ramp, relative_drift},
     };
 
     fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
@@ -247,7 +247,7 @@ mod tests {
         });
         let (expected, expected_gradients) = run(&inputs, [true; N], &plain);
         for level in Level::available() {
-            Level::force(level);
+            limit_cpu(level);
             for frozen in 0..N + 2 {
                 let tracked = std::array::from_fn(|i| i != frozen && frozen != N + 1);
                 let (result, gradients) = run(&inputs, tracked, &fast);
@@ -263,7 +263,7 @@ mod tests {
                 assert_eq!((result, gradients), run(&inputs, tracked, &fast), "{what}: a second run");
             }
             check_bf16(level, &inputs, &fast);
-            Level::force(Level::detect_cpu());
+            limit_cpu(Level::Avx512);
         }
         differences(&inputs, &fast, &expected_gradients);
     }
