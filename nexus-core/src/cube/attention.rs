@@ -34,21 +34,54 @@ pub(crate) fn attention(
     scale: f64,
     causal: bool,
 ) -> Option<Tensor<4>> {
+    let largest = cube(q)?.client.properties().memory.max_page_size;
+    in_parts(SCORE_BYTES.min(usize::try_from(largest).unwrap_or(usize::MAX)), [q, k, v], bias, scale, causal)
+}
+
+/// [`attention`] with so many bytes of scores at once, but no less than a row of each sample.
+fn in_parts(
+    bytes: usize,
+    [q, k, v]: [&Tensor<4>; 3],
+    bias: Option<&Tensor<4>>,
+    scale: f64,
+    causal: bool,
+) -> Option<Tensor<4>> {
     let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
-    cube(q)?;
     let padded = keys.next_multiple_of(KEYS);
     let (k, v) = (pad(k, padded), pad(v, padded));
-    let at_once = (SCORE_BYTES / (batch * queries * padded * size_of::<f32>())).clamp(1, heads);
+    let (heads_at_once, queries_at_once) = at_once(bytes / (batch * padded * size_of::<f32>()), heads, queries);
     let mut mixed = vec![];
-    for start in (0..heads).step_by(at_once) {
-        let count = at_once.min(heads - start);
-        let part = |x: &Tensor<4>| x.clone().narrow(1, start, count);
-        let scores = product(part(q), part(&k).swap_dims(2, 3), DType::F32)?;
-        let bias = bias.map(part);
-        let weights = softmax(scores, bias, scale, keys, causal, q.dtype())?;
-        mixed.push(product(weights, part(&v), q.dtype())?);
+    for (head, count) in parts(heads, heads_at_once) {
+        let of_heads = |x: &Tensor<4>| x.clone().narrow(1, head, count);
+        let [k, v] = [&k, &v].map(of_heads);
+        let mut rows = vec![];
+        for (query, count) in parts(queries, queries_at_once) {
+            let of_queries = |x: Tensor<4>| x.narrow(2, query, count);
+            // Causal queries are the last ones of their keys, so those after a part's last query are left out.
+            let keys = if causal { keys - queries + query + count } else { keys };
+            let of_keys = |x: &Tensor<4>| x.clone().narrow(2, 0, keys.next_multiple_of(KEYS));
+            let scores = product(of_queries(of_heads(q)), of_keys(&k).swap_dims(2, 3), DType::F32)?;
+            let bias = bias.map(|bias| of_queries(of_heads(bias)).narrow(3, 0, keys));
+            let weights = softmax(scores, bias, scale, keys, causal, q.dtype())?;
+            rows.push(product(weights, of_keys(&v), q.dtype())?);
+        }
+        mixed.push(joined(rows, 2));
     }
-    Some(if mixed.len() == 1 { mixed.remove(0) } else { Tensor::cat(mixed, 1) })
+    Some(joined(mixed, 1))
+}
+
+/// Heads, and queries of each, whose scores are made at once, if there is room for so many rows of scores.
+fn at_once(rows: usize, heads: usize, queries: usize) -> (usize, usize) {
+    ((rows / queries).clamp(1, heads), rows.clamp(1, queries))
+}
+
+/// Starts and lengths of parts of at most `len`.
+fn parts(total: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..total).step_by(len).map(move |start| (start, len.min(total - start)))
+}
+
+fn joined(mut tensors: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
+    if tensors.len() == 1 { tensors.remove(0) } else { Tensor::cat(tensors, dim) }
 }
 
 /// Zeros after the last key.
@@ -155,5 +188,29 @@ fn softmax_kernel<F: Float>(
         }
         output[row * padded + column] = F::cast_from(weight);
         column += units;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close_tensors, cpu, device, input};
+
+    #[test]
+    fn in_however_many_parts_the_scores_are_made_the_result_is_the_same() {
+        const ROW: usize = 2 * 64 * size_of::<f32>();
+        assert_eq!([0, 2, 7, 15, 99].map(|rows| at_once(rows, 3, 5)), [(1, 1), (1, 2), (1, 5), (3, 5), (3, 5)]);
+        let [q, k, v] = [(5, 1), (9, 2), (9, 3)].map(|(tokens, seed)| input([2, 3, tokens, 8], seed));
+        let bias = input([1, 3, 5, 9], 4);
+        for (bias, causal) in [(None, false), (None, true), (Some(&bias), false)] {
+            let with = |rows: usize| in_parts(rows * ROW, [&q, &k, &v], bias, 0.5, causal);
+            let Some(whole) = with(15) else {
+                assert_eq!(device(), cpu());
+                continue;
+            };
+            for rows in [0, 2, 7] {
+                assert_close_tensors(&with(rows).unwrap(), &whole, 1e-5);
+            }
+        }
     }
 }

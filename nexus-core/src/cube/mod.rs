@@ -14,6 +14,8 @@ mod norm;
 mod rotary;
 mod rows;
 
+use std::any::Any;
+
 use burn::{
     backend::DispatchDevice,
     tensor::{DType, Shape, Tensor},
@@ -40,7 +42,12 @@ fn cube<const D: usize>(x: &Tensor<D>) -> Option<CubeTensor> {
     if !known || x.shape().num_elements() == 0 {
         return None;
     }
-    x.clone().try_into_primitive::<Cube>().ok()
+    // With burn's feature `fusion`, which a crate beside this one may turn on, its tensors are others: kernels leave them alone.
+    downcast(x.clone().try_into_primitive::<Cube>().ok()?)
+}
+
+fn downcast<T: Any, U: Any>(x: T) -> Option<U> {
+    (Box::new(x) as Box<dyn Any>).downcast().ok().map(|x| *x)
 }
 
 /// [`cube`] with its values in row-major order, copied if they do not lie so.
@@ -49,7 +56,7 @@ fn contiguous<const D: usize>(x: &Tensor<D>) -> Option<CubeTensor> {
 }
 
 fn tensor<const D: usize>(x: CubeTensor) -> Tensor<D> {
-    Tensor::from_primitive::<Cube>(x)
+    Tensor::from_primitive::<Cube>(downcast(x).expect("a tensor that came from this backend"))
 }
 
 /// Room for values in row-major order on the device of another tensor.

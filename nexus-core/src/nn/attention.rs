@@ -1,8 +1,8 @@
 //! Scaled dot-product attention: q, k, v with heads beside tokens -> mixed values.
 
-use burn::tensor::{Tensor, module, ops::AttentionModuleOptions};
+use burn::tensor::{Bool, DType, Tensor, activation::softmax, module, ops::AttentionModuleOptions};
 
-use super::index_tensor;
+use super::{EXCLUDED_SCORE, index_tensor};
 
 /// Which keys a query may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -61,6 +61,9 @@ pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention
                 return mixed;
             }
         }
+        if q.dtype() != DType::F32 {
+            return with_softmax_in_f32([q, k, v], &options, is_causal);
+        }
         let module_options = AttentionModuleOptions { scale: options.scale, softcap: None, is_causal };
         module::attention(q, k, v, None, options.bias.clone(), module_options)
     };
@@ -91,6 +94,23 @@ pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention
         }
     };
     mixed.swap_dims(1, 2).reshape([batch, queries, heads * head_dim])
+}
+
+/// Attention of heads with their own keys: burn's has the softmax in the dtype of the queries.
+fn with_softmax_in_f32([q, k, v]: [Tensor<4>; 3], options: &Attention<'_>, is_causal: bool) -> Tensor<4> {
+    let ([batch, heads, queries, head_dim], keys, dtype) = (q.dims(), k.dims()[2], q.dtype());
+    let device = q.device();
+    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+    let mut scores = q.matmul(k.swap_dims(2, 3)).cast(DType::F32) * scale;
+    if let Some(bias) = &options.bias {
+        scores = scores + bias.clone().cast(DType::F32);
+    }
+    if is_causal {
+        let past = keys.cast_signed() - queries.cast_signed();
+        let hidden = Tensor::<2, Bool>::tril_mask([queries, keys], past as i64, &device);
+        scores = scores.mask_fill(hidden.unsqueeze::<4>().expand([batch, heads, queries, keys]), EXCLUDED_SCORE);
+    }
+    softmax(scores, 3).cast(dtype).matmul(v)
 }
 
 /// Segments sorted by length, so that those of one length are one batch and not one call each.
@@ -191,6 +211,24 @@ pub(crate) mod tests {
             input([batch, keys, kv_heads, dim], 2) * 2.0,
             input([batch, keys, kv_heads, dim], 3),
         ]
+    }
+
+    #[test]
+    fn half_precision_has_its_softmax_in_f32() {
+        let half = |x: Tensor<4>| x.cast(DType::BF16);
+        let [q, k, v] = qkv(2, 5, 70, 6, 2).map(half);
+        let wide = [&q, &k, &v].map(|x| x.clone().cast(DType::F32));
+        let bias = input([1, 6, 5, 70], 4);
+        let of_bias = bias.to_data().try_to_vec::<f32>().unwrap();
+        for visibility in [Visibility::All, Visibility::Causal] {
+            let sees = |query, key| visibility == Visibility::All || key <= query + 65;
+            let bias_at = |head, query, key| f64::from(of_bias[(head * 5 + query) * 70 + key]);
+            let expected = naive(wide.each_ref(), sees, bias_at, 0.5);
+            let options = Attention { visibility, bias: Some(bias.clone()), scale: Some(0.5) };
+            let mixed = plain(q.clone(), k.clone(), v.clone(), options);
+            assert_eq!(mixed.dtype(), DType::BF16);
+            assert_close(&mixed.cast(DType::F32), &expected, 1e-2);
+        }
     }
 
     #[test]
