@@ -1,6 +1,6 @@
 //! The denoising loop, the only one: a transformer, its conditions and noise -> latents, step by step.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use burn::tensor::Tensor;
 use nexus_core::nn::RotaryTable;
@@ -10,7 +10,7 @@ use crate::{
     Conditioning, DiffusionError, LatentSize,
     scheduler::FlowMatchSchedule,
     tiling::{Ramp, Tiling, tiled},
-    transformer::{Dit, DitInput, TeaCache},
+    transformer::{ConstantConditioning, Dit, DitInput, DitModulations, TeaCache},
 };
 
 /// How a picture is denoised; the default is that of the original's generation script.
@@ -97,6 +97,7 @@ pub struct Branches {
 #[derive(Debug)]
 pub struct Denoiser<'a> {
     dit: &'a Dit,
+    conditioning: ConstantConditioning,
     positive: Prepared,
     negative: Option<Prepared>,
     size: LatentSize,
@@ -107,8 +108,9 @@ pub struct Denoiser<'a> {
 #[derive(Debug)]
 struct Prepared {
     context: Tensor<3>,
-    pooled: Tensor<2>,
     rotary: RotaryTable,
+    /// Those of the conditioning.
+    samples: Range<usize>,
 }
 
 /// Where a run is; it can be kept, cloned and continued.
@@ -158,20 +160,26 @@ impl<'a> Denoiser<'a> {
     ) -> Result<Self, DiffusionError> {
         options.validate()?;
         let table_size = options.tiling.map_or(size, |tiling| tiling.tile_size(size));
-        let prepare = |Branch { conditioning, pooled }: Branch| {
-            let Conditioning { embeds, text_ids } = conditioning;
+        let prepare = |Conditioning { embeds, text_ids }: Conditioning, samples: Range<usize>| {
             let rotary = dit.rotary(&text_ids, table_size, embeds.dtype(), &embeds.device());
-            Prepared { context: dit.context(embeds), pooled, rotary }
+            Prepared { context: dit.context(embeds), rotary, samples }
         };
+        let Branch { conditioning, mut pooled } = branches.positive;
+        let positive = prepare(conditioning, 0..pooled.dims()[0]);
         let negative = match (branches.negative, options.uses_negative_branch()) {
             (_, false) => None,
-            (Some(branch), true) => Some(prepare(branch)),
+            (Some(branch), true) => {
+                let samples;
+                (pooled, samples) = with_samples(pooled, branch.pooled);
+                Some(prepare(branch.conditioning, samples))
+            }
             (None, true) => {
                 let expected = "1, because there is no negative prompt to guide away from";
                 return Err(DiffusionError::option("cfg_scale", options.cfg_scale, expected));
             }
         };
-        Ok(Self { dit, positive: prepare(branches.positive), negative, size, options: options.clone() })
+        let conditioning = dit.constant_conditioning(options.embedded_guidance as f32, pooled);
+        Ok(Self { dit, conditioning, positive, negative, size, options: options.clone() })
     }
 
     /// The state before the first step: noise, or a picture with noise mixed in.
@@ -207,11 +215,12 @@ impl<'a> Denoiser<'a> {
     /// If all steps are done.
     pub fn step(&self, state: &mut DenoiseState) {
         let timestep = state.schedule.timesteps()[state.step];
-        let positive = self.velocity(&self.positive, &state.latents, timestep, &mut state.positive_caches);
+        let modulations = self.dit.modulations(&self.dit.conditioning_at(&[timestep], &self.conditioning));
+        let positive = self.velocity(&self.positive, &modulations, &state.latents, &mut state.positive_caches);
         let velocity = match &self.negative {
             None => positive,
             Some(branch) => {
-                let negative = self.velocity(branch, &state.latents, timestep, &mut state.negative_caches);
+                let negative = self.velocity(branch, &modulations, &state.latents, &mut state.negative_caches);
                 negative.clone() + (positive - negative) * self.options.cfg_scale
             }
         };
@@ -234,13 +243,16 @@ impl<'a> Denoiser<'a> {
         ControlFlow::Continue(())
     }
 
-    /// The velocity that one branch predicts.
-    fn velocity(&self, branch: &Prepared, latents: &Tensor<4>, timestep: f32, caches: &mut [TeaCache]) -> Tensor<4> {
-        let ([batch, ..], [pooled_batch, _]) = (latents.dims(), branch.pooled.dims());
-        let guidance = self.options.embedded_guidance as f32;
-        let timesteps = vec![timestep; pooled_batch];
-        let modulations = self.dit.modulations(&self.dit.conditioning(&timesteps, guidance, branch.pooled.clone()));
-        let [_, tokens, dim] = branch.context.dims();
+    /// The velocity that one branch predicts, by its samples of the modulations of both.
+    fn velocity(
+        &self,
+        branch: &Prepared,
+        modulations: &DitModulations,
+        latents: &Tensor<4>,
+        caches: &mut [TeaCache],
+    ) -> Tensor<4> {
+        let modulations = modulations.samples(branch.samples.clone());
+        let ([batch, ..], [_, tokens, dim]) = (latents.dims(), branch.context.dims());
         let context = branch.context.clone().expand([batch, tokens, dim]);
         let mut forward = |tile: usize, latents: Tensor<4>| {
             let input =
@@ -261,8 +273,19 @@ impl<'a> Denoiser<'a> {
     }
 }
 
+/// Pooled vectors behind others, and where they are then: among the others if those are the same, so that the branches share
+/// what is made of them.
+fn with_samples(pooled: Tensor<2>, more: Tensor<2>) -> (Tensor<2>, Range<usize>) {
+    let ([count, _], [more_count, _]) = (pooled.dims(), more.dims());
+    match (pooled.clone().try_into_data(), more.clone().try_into_data()) {
+        (Ok(values), Ok(others)) if values == others => (pooled, 0..count),
+        _ => (Tensor::cat(vec![pooled, more], 0), count..count + more_count),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
     use nexus_core::testing::{assert_close_tensors, cpu, ramp};
 
     use super::*;
@@ -317,6 +340,37 @@ mod tests {
         // Equal branches: any scale gives what the positive branch gives.
         let equal = Branches { positive: branch(5, 1), negative: Some(branch(5, 1)) };
         assert_close_tensors(&with, &finished(&dit, equal, &options(4.0), noise), 1e-5);
+    }
+
+    #[test]
+    fn what_the_branches_share_is_what_each_would_have_alone() {
+        let (dit, latents) = (dit(), ramp([2, 2, 6, 8], 5));
+        let of_two = |tokens, seed| Branch { pooled: ramp([2, 4], seed), ..branch(tokens, seed) };
+        for (positive, negative, samples) in [
+            (branch(5, 1), branch(7, 3), 2),
+            (branch(5, 1), Branch { pooled: branch(5, 1).pooled, ..branch(7, 3) }, 1),
+            (of_two(5, 1), branch(7, 3), 3),
+            (of_two(5, 1), of_two(7, 1), 2),
+        ] {
+            let options = DenoiseOptions { num_steps: 1, ..options(2.0) };
+            let branches = Branches { positive: positive.clone(), negative: Some(negative.clone()) };
+            let denoiser = Denoiser::new(&dit, branches, SIZE, &options).unwrap();
+            let mut state = denoiser.start(latents.clone(), None).unwrap();
+            let (schedule, timestep) = (state.schedule.clone(), state.schedule.timesteps()[0]);
+            let [positive, negative] = [positive, negative].map(|Branch { conditioning, pooled }| {
+                let rotary = dit.rotary(&conditioning.text_ids, SIZE, DType::F32, &cpu());
+                let [_, tokens, width] = conditioning.embeds.dims();
+                let context = dit.context(conditioning.embeds.expand([2, tokens, width]));
+                let timesteps = vec![timestep; pooled.dims()[0]];
+                let modulations = dit.modulations(&dit.conditioning(&timesteps, 3.5, pooled));
+                let latents = latents.clone();
+                dit.forward(DitInput { latents, context, modulations: &modulations, rotary: &rotary }, None)
+            });
+            let velocity = negative.clone() + (positive - negative) * 2.0;
+            denoiser.step(&mut state);
+            assert_close_tensors(&state.latents, &schedule.step(0, latents.clone(), velocity), 1e-6);
+            assert_eq!(denoiser.conditioning.pooled().dims(), [samples, 16]);
+        }
     }
 
     #[test]

@@ -49,6 +49,22 @@ pub struct Dit {
     theta: f64,
 }
 
+/// The part of the conditioning vector that no timestep changes, as [`Dit::constant_conditioning`] makes it.
+#[derive(Debug, Clone)]
+pub struct ConstantConditioning {
+    /// `[batch, dim]`.
+    pooled: Tensor<2>,
+    /// `[1, dim]`.
+    guidance: Option<Tensor<2>>,
+}
+
+impl ConstantConditioning {
+    /// The embedded pooled vectors: `[batch, dim]`.
+    pub fn pooled(&self) -> &Tensor<2> {
+        &self.pooled
+    }
+}
+
 /// What [`Dit::forward`] takes.
 #[derive(Debug, Clone)]
 pub struct DitInput<'a> {
@@ -125,14 +141,35 @@ impl Dit {
     pub fn conditioning(&self, timesteps: &[f32], guidance: f32, pooled: Tensor<2>) -> Tensor<2> {
         let [batch, _] = pooled.dims();
         assert_eq!(timesteps.len(), batch, "timesteps of a batch of {batch}");
+        self.conditioning_at(timesteps, &self.constant_conditioning(guidance, pooled))
+    }
+
+    /// What [`Dit::conditioning`] adds to the timesteps, the same at every step.
+    ///
+    /// # Shapes
+    /// - `pooled`: `[batch, pooled]`
+    pub fn constant_conditioning(&self, guidance: f32, pooled: Tensor<2>) -> ConstantConditioning {
         let (dtype, device) = (pooled.dtype(), pooled.device());
-        let time = self.time_embedder.forward(sinusoid(timesteps, dtype, &device));
-        let conditioning = time + self.pooled_text_embedder.forward(pooled);
-        match &self.guidance_embedder {
-            Some(embedder) => {
-                let guidance = rounded(rounded(guidance, dtype) * 1000.0, dtype);
-                conditioning + embedder.forward(sinusoid(&vec![guidance; batch], dtype, &device))
-            }
+        let guidance = rounded(rounded(guidance, dtype) * 1000.0, dtype);
+        let embedder = self.guidance_embedder.as_ref();
+        let guidance = embedder.map(|embedder| embedder.forward(sinusoid(&[guidance], dtype, &device)));
+        ConstantConditioning { pooled: self.pooled_text_embedder.forward(pooled), guidance }
+    }
+
+    /// [`Dit::conditioning`] from its constant part.
+    ///
+    /// # Shapes
+    /// - `timesteps`: one per sample, or one for all
+    /// - returns: `[batch, dim]`
+    ///
+    /// # Panics
+    /// For any other number of timesteps.
+    pub fn conditioning_at(&self, timesteps: &[f32], constant: &ConstantConditioning) -> Tensor<2> {
+        let ConstantConditioning { pooled, guidance } = constant;
+        let time = self.time_embedder.forward(sinusoid(timesteps, pooled.dtype(), &pooled.device()));
+        let conditioning = time + pooled.clone();
+        match guidance {
+            Some(guidance) => conditioning + guidance.clone(),
             None => conditioning,
         }
     }

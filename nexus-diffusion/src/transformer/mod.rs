@@ -7,7 +7,7 @@ mod modulation;
 mod single_block;
 mod teacache;
 
-pub use dit::{Dit, DitInput};
+pub use dit::{ConstantConditioning, Dit, DitInput};
 pub use double_block::{DoubleBlock, FeedForward, JointAttention};
 pub use inputs::{EMBEDDED_WIDTH, Mlp, image_positions, rounded, sinusoid};
 pub use modulation::{AdaNorm, DitModulations, DoubleModulation, Modulation, ScaleShift, StreamModulation};

@@ -1,5 +1,7 @@
 //! Modulations: the conditioning vector -> shifts, scales and gates of every block.
 
+use std::ops::Range;
+
 use burn::{
     module::Module,
     tensor::{Device, Tensor},
@@ -135,4 +137,22 @@ pub struct DitModulations {
     pub single: Vec<Modulation>,
     /// Before the last projection.
     pub output: ScaleShift,
+}
+
+impl DitModulations {
+    /// The modulations of some samples of the batch.
+    ///
+    /// # Panics
+    /// If there are not so many samples.
+    pub fn samples(&self, samples: Range<usize>) -> Self {
+        let part = |x: &Tensor<3>| x.clone().narrow(0, samples.start, samples.len());
+        let branch = |x: &Modulation| Modulation { shift: part(&x.shift), scale: part(&x.scale), gate: part(&x.gate) };
+        let stream = |x: &StreamModulation| StreamModulation { attention: branch(&x.attention), mlp: branch(&x.mlp) };
+        let double = |x: &DoubleModulation| DoubleModulation { image: stream(&x.image), text: stream(&x.text) };
+        Self {
+            double: self.double.iter().map(double).collect(),
+            single: self.single.iter().map(branch).collect(),
+            output: ScaleShift { scale: part(&self.output.scale), shift: part(&self.output.shift) },
+        }
+    }
 }
