@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::Tensor;
-use nexus_core::failure_reason;
+use burn::tensor::{Device, Tensor, TensorData};
+use nexus_core::{OutOfMemory, failure_reason, mib};
 
 use crate::DeviceError;
 
@@ -78,13 +78,23 @@ pub enum Error {
     /// The conversation has no picture that could be changed.
     #[error("there is no picture in the conversation to edit: send one with the message")]
     NothingToEdit,
-    /// The device failed while it computed, mostly because its memory was not enough.
-    #[error(
-        "the device failed to give a result back: {reason}; if its memory was not enough, draw a smaller picture or in \
-         tiles, or load the model with quantised weights or one stage at a time"
-    )]
+    /// The device failed while it computed.
+    #[error("the device failed to give a result back: {reason}; try again, or on another device")]
     Read {
         /// What the backend said, and what the device's memory holds.
+        reason: String,
+    },
+    /// The device has too little memory. What the model held there is freed, and loaded again when it is needed.
+    #[error(
+        "the device has not enough memory{}: {reason}; draw a smaller picture or in tiles, load the model with quantised \
+         weights or one stage at a time, or end other programs that use the device", amounts(*needed, *available)
+    )]
+    OutOfDeviceMemory {
+        /// Bytes of the allocation that failed, where the backend names them.
+        needed: Option<u64>,
+        /// Bytes that were there for it at most, where the backend tells; see [`OutOfMemory`].
+        available: Option<u64>,
+        /// What the backend said, and what the device's memory held.
         reason: String,
     },
     /// The device failed, and does not compute any more: it was taken away, or its driver was reset.
@@ -100,12 +110,37 @@ pub enum Error {
     Cancelled,
 }
 
+impl Error {
+    /// A failure of the device, by what it said.
+    pub(crate) fn of_device(reason: String, device: &Device) -> Self {
+        match OutOfMemory::of(&reason, device) {
+            Some(OutOfMemory { needed, available }) => Self::OutOfDeviceMemory { needed, available, reason },
+            None => Self::Read { reason },
+        }
+    }
+}
+
 /// Values of a tensor; waits for the device.
 pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Error> {
-    let device = tensor.device();
-    let data = tensor.try_into_data();
-    let data = data.map_err(|error| Error::Read { reason: failure_reason(&error, &device) })?;
+    let data = read_data(tensor)?;
     data.try_into_vec_as().map_err(|error| Error::Read { reason: error.to_string() })
+}
+
+/// Values of a tensor in its dtype; waits for the device.
+pub(crate) fn read_data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, Error> {
+    let device = tensor.device();
+    tensor.try_into_data().map_err(|error| Error::of_device(failure_reason(&error, &device), &device))
+}
+
+fn amounts(needed: Option<u64>, available: Option<u64>) -> String {
+    match (needed, available) {
+        (None, None) => String::new(),
+        (Some(needed), None) => format!(" ({} MiB asked for at once)", mib(needed)),
+        (None, Some(available)) => format!(" (at most {} MiB available)", mib(available)),
+        (Some(needed), Some(available)) => {
+            format!(" ({} MiB asked for at once, at most {} MiB available)", mib(needed), mib(available))
+        }
+    }
 }
 
 fn list(paths: &[PathBuf]) -> String {

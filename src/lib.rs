@@ -60,6 +60,7 @@
 mod chat;
 mod device;
 mod error;
+mod failure;
 mod files;
 mod nexus;
 mod options;

@@ -2,6 +2,7 @@
 
 use std::{
     ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -113,8 +114,8 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::Device`] for a dtype that the device has not, [`Error::NoSuchDirectory`], [`Error::NoModel`],
-    /// [`Error::Config`], [`Error::Data`] for the tokenizer, and the stages' errors for their weights. That the decoders
-    /// or FLUX files are absent is an error only when they are needed.
+    /// [`Error::Config`], [`Error::Data`] for the tokenizer, [`Error::OutOfDeviceMemory`], and the stages' errors for
+    /// their weights. That the decoders or FLUX files are absent is an error only when they are needed.
     pub fn load(self, device: &Device) -> Result<Nexus, Error> {
         self.load_with_progress(device, &mut |_| ControlFlow::Continue(()))
     }
@@ -147,8 +148,12 @@ impl Loader {
         };
         let mut stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
         if self.residency == Residency::KeepAll {
-            stages.vision_encoder(observer)?;
-            stages.ar(observer)?;
+            let loaded = catch_unwind(AssertUnwindSafe(|| {
+                stages.vision_encoder(observer)?;
+                stages.ar(observer)?;
+                Ok(())
+            }));
+            stages.judge(loaded)?;
         }
         let max_picture_pixels = self.max_picture_pixels;
         Ok(Nexus { processor, stages, generation_config, default_options, max_picture_pixels })
@@ -228,7 +233,8 @@ impl Nexus {
     /// # Errors
     /// [`Error::NoImage`] if the model answers with text only; [`Error::Data`] for an empty prompt;
     /// [`Error::Diffusion`] and [`Error::PictureTooLarge`] for options out of range; [`Error::FileMissing`] if a decoder
-    /// is not there; otherwise the stages' errors.
+    /// is not there; [`Error::OutOfDeviceMemory`], [`Error::DeviceLost`] and [`Error::Read`] if the device fails;
+    /// otherwise the stages' errors.
     pub fn generate(&mut self, prompt: &str, options: &GenerateOptions) -> Result<Picture, Error> {
         self.quietly().generate(prompt, options)
     }
@@ -288,6 +294,8 @@ impl Nexus {
 
     /// Draws embeddings: predicted ones, or those of an image.
     ///
+    /// They, and start noise that is given, may be on any device and in any dtype of floats.
+    ///
     /// # Errors
     /// As [`Nexus::generate`].
     pub fn draw(&mut self, embeds: &ImageEmbeds, with: DrawWith<'_>, options: &DrawOptions) -> Result<Picture, Error> {
@@ -314,7 +322,7 @@ impl Nexus {
         &self.generation_config
     }
 
-    /// Frees every stage; they are loaded again when needed.
+    /// Frees every stage and the prompts that were kept; they are loaded and encoded again when needed.
     pub fn unload(&mut self) {
         self.stages.unload();
     }

@@ -2,10 +2,9 @@
 
 use std::{
     ops::ControlFlow,
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use burn::tensor::Device;
 use nexus_core::ImageEmbeds;
 use nexus_data::{
     Alpha, Image, Language, Message, ModelInput, Patches, ProcessOptions, edit_prompt, generation_prompt,
@@ -13,7 +12,7 @@ use nexus_data::{
 
 use crate::{
     Chat, ChatOptions, DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Nexus, Observer, Picture,
-    Progress, Reply, TextOptions, device::probe,
+    Progress, Reply, TextOptions,
 };
 
 /// The verbs of [`Nexus`] with an observer that hears progress and may cancel; made by [`Nexus::with_progress`].
@@ -99,10 +98,9 @@ impl<'a> Session<'a> {
     /// As [`Nexus::reply_to`], and [`Error::Cancelled`].
     pub fn reply_to(&mut self, input: ModelInput, options: &TextOptions) -> Result<Reply, Error> {
         let ModelInput { text, token_ids, images } = input;
-        let device = self.nexus.stages.device.clone();
-        let generation = on_device(&device, || {
-            let images = self.nexus.stages.encode(images, &mut self.observer)?;
-            self.nexus.generate_tokens(&token_ids, &images, options, &mut self.observer)
+        let generation = self.on_device(|nexus, observer| {
+            let images = nexus.stages.encode(images, observer)?;
+            nexus.generate_tokens(&token_ids, &images, options, observer)
         })?;
         let text_of_reply = self.nexus.processor.decode_reply(generation.new_token_ids())?;
         Ok(Reply { text: text_of_reply, prompt: text, generation })
@@ -128,8 +126,7 @@ impl<'a> Session<'a> {
     }
 
     fn encode(&mut self, patches: Patches) -> Result<ImageEmbeds, Error> {
-        let device = self.nexus.stages.device.clone();
-        on_device(&device, || self.nexus.stages.encode_one(patches, &mut self.observer))
+        self.on_device(|nexus, observer| nexus.stages.encode_one(patches, observer))
     }
 
     /// See [`Nexus::draw`].
@@ -144,10 +141,9 @@ impl<'a> Session<'a> {
             log::warn!("{}x{} is not a multiple of 16 pixels: drawing {width}x{height}", asked.0, asked.1);
             emit(&mut self.observer, Progress::SizeRounded { asked, used: (width, height) })?;
         }
-        let device = self.nexus.stages.device.clone();
-        let (latents, image) = on_device(&device, || {
-            let latents = self.nexus.stages.denoise(embeds, with, size, options, &mut self.observer)?;
-            let image = self.nexus.stages.decode(latents.clone(), options.tiled, &mut self.observer)?;
+        let (latents, image) = self.on_device(|nexus, observer| {
+            let latents = nexus.stages.denoise(embeds, with, size, options, observer)?;
+            let image = nexus.stages.decode(latents.clone(), options.tiled, observer)?;
             Ok((latents, image))
         })?;
         let reference = match with {
@@ -161,16 +157,16 @@ impl<'a> Session<'a> {
     pub fn chat(self, options: ChatOptions) -> Chat<'a> {
         Chat::new(self, options)
     }
-}
 
-/// Runs a part of a request. If it fails, or a backend panics, and the device does not compute any more, that is the error;
-/// any other panic goes on.
-fn on_device<T>(device: &Device, part: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
-    let result = catch_unwind(AssertUnwindSafe(part));
-    if !matches!(result, Ok(Ok(_) | Err(Error::Cancelled))) {
-        probe(device).map_err(|reason| Error::DeviceLost { reason })?;
+    /// Runs a part of a request that computes.
+    fn on_device<T>(
+        &mut self,
+        part: impl FnOnce(&mut Nexus, &mut Observer<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let Self { nexus, observer } = self;
+        let result = catch_unwind(AssertUnwindSafe(|| part(nexus, &mut **observer)));
+        nexus.stages.judge(result)
     }
-    result.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Passes an event on; a break becomes [`Error::Cancelled`].

@@ -2,23 +2,32 @@
 
 use std::{ops::ControlFlow, path::Path};
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::{
+    module::Module,
+    tensor::{DType, Device, FloatDType, Tensor},
+};
 use nexus_ar::{ArConfig, ArModel};
 use nexus_core::{
-    ImageEmbeds,
+    ImageEmbeds, check_arrived,
     checkpoint::{Checkpoint, LoadOptions, check_module},
+    failure_reason,
 };
 use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,
-    GenerationDecoder, LatentSize, T5Encoder, Tiling,
+    GenerationDecoder, LatentSize, Noise, T5Encoder, Tiling,
     config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig, T5Config},
     weights,
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 use serde::{Deserialize, Serialize};
 
-use crate::{DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage, error::read, session::emit};
+use crate::{
+    DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage,
+    device::is_cpu,
+    error::{read, read_data},
+    session::emit,
+};
 
 /// Which stages stay in memory between requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -135,8 +144,14 @@ impl Stages {
         LoadOptions { quantization: None, ..self.options }
     }
 
-    /// Frees every stage.
+    /// Frees everything on the device: every stage, and the prompts that were kept.
     pub(crate) fn unload(&mut self) {
+        self.empty_prompt = None;
+        self.negative_prompt = None;
+        self.free_stages();
+    }
+
+    fn free_stages(&mut self) {
         self.vision_encoder = None;
         self.ar = None;
         self.generation_decoder = None;
@@ -147,9 +162,18 @@ impl Stages {
 
     fn announce(&mut self, stage: Stage, observer: &mut Observer<'_>) -> Result<(), Error> {
         if self.residency == Residency::OneStageAtATime {
-            self.unload();
+            self.free_stages();
         }
         emit(observer, Progress::Loading(stage))
+    }
+
+    /// A module that was loaded, once all of its weights are on the device. On a CPU they are in the mapped file.
+    fn arrived<M: Module>(&self, module: M) -> Result<M, Error> {
+        if !is_cpu(&self.device) {
+            let of_device = |error| Error::of_device(failure_reason(&error, &self.device), &self.device);
+            check_arrived(&module).map_err(of_device)?;
+        }
+        Ok(module)
     }
 
     pub(crate) fn vision_encoder(&mut self, observer: &mut Observer<'_>) -> Result<&VisionEncoder, Error> {
@@ -157,7 +181,12 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::VisionEncoder, observer)?;
-                VisionEncoder::load(&self.language_model, &self.vision_config, &self.device, &self.unquantized())?
+                self.arrived(VisionEncoder::load(
+                    &self.language_model,
+                    &self.vision_config,
+                    &self.device,
+                    &self.unquantized(),
+                )?)?
             }
         };
         Ok(self.vision_encoder.insert(loaded))
@@ -168,7 +197,7 @@ impl Stages {
             Some(loaded) => loaded,
             None => {
                 self.announce(Stage::Ar, observer)?;
-                ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?
+                self.arrived(ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?)?
             }
         };
         Ok(self.ar.insert(loaded))
@@ -181,7 +210,7 @@ impl Stages {
                 let path = self.files.generation_decoder()?;
                 self.announce(Stage::GenerationDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+                self.arrived(GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)?
             }
         };
         Ok(self.generation_decoder.insert(loaded))
@@ -194,7 +223,7 @@ impl Stages {
                 let path = self.files.edit_decoder()?;
                 self.announce(Stage::EditingDecoder, observer)?;
                 let config = self.diffusion_config(&path)?;
-                EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?
+                self.arrived(EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)?
             }
         };
         Ok(self.editing_decoder.insert(loaded))
@@ -207,7 +236,7 @@ impl Stages {
                 let path = self.files.autoencoder()?;
                 self.announce(Stage::Autoencoder, observer)?;
                 let config = AutoencoderConfig::read_beside(&self.files.flux)?;
-                Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?
+                self.arrived(Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?)?
             }
         };
         Ok(self.autoencoder.insert(loaded))
@@ -247,15 +276,21 @@ impl Stages {
             false => None,
         };
         let (device, dtype) = (self.device.clone(), self.compute_dtype);
-        let cast = |embeds: &ImageEmbeds| ImageEmbeds::new(embeds.values.clone().cast(dtype), embeds.grid);
-        let embeds = cast(embeds)?;
+        let adopt_embeds = |embeds: &ImageEmbeds| -> Result<ImageEmbeds, Error> {
+            Ok(ImageEmbeds::new(adopt(&embeds.values, &device, dtype)?, embeds.grid)?)
+        };
+        let embeds = adopt_embeds(embeds)?;
+        let noise = match &options.noise {
+            Noise::Latents(latents) => Noise::Latents(adopt(latents, &device, dtype)?),
+            seed @ Noise::Seed(_) => seed.clone(),
+        };
         let (conditioning, dit, stage) = match with {
             DrawWith::GenerationDecoder => {
                 let decoder = self.generation_decoder(observer)?;
                 (decoder.condition(&embeds)?, &decoder.dit, Stage::GenerationDecoder)
             }
             DrawWith::EditingDecoder { reference } => {
-                let reference = reference.map(cast).transpose()?;
+                let reference = reference.map(adopt_embeds).transpose()?;
                 let decoder = self.editing_decoder(observer)?;
                 (decoder.condition(&embeds, reference.as_ref(), size)?, &decoder.dit, Stage::EditingDecoder)
             }
@@ -263,7 +298,7 @@ impl Stages {
         emit(observer, Progress::Running(stage))?;
         let branches = Branches { positive: Branch { conditioning, pooled }, negative };
         let denoiser = Denoiser::new(dit, branches, size, &denoise)?;
-        let noise = options.noise.clone().into_latents(dit.latent_channels(), size, dtype, &device)?;
+        let noise = noise.into_latents(dit.latent_channels(), size, dtype, &device)?;
         let mut state = denoiser.start(noise, None)?;
         let flow = denoiser
             .run(&mut state, &mut |event| observer(Progress::Step { done: event.step, total: event.num_steps }));
@@ -318,7 +353,8 @@ impl Stages {
             false => ClipTokenizer::open(self.files.clip_tokenizer()?)?.encode_padded(prompt)?,
         };
         self.announce(Stage::TextEncoders, observer)?;
-        let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?;
+        let clip =
+            self.arrived(ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
         Ok(clip.pooled(&ids, self.compute_dtype)?)
     }
 
@@ -330,9 +366,19 @@ impl Stages {
             false => T5Tokenizer::open(self.files.t5_tokenizer()?)?.encode_padded(prompt)?,
         };
         self.announce(Stage::TextEncoders, observer)?;
-        let t5 = T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?;
+        let t5 = self.arrived(T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
         Ok(t5.encode(&ids, self.compute_dtype)?)
     }
+}
+
+/// Values made anywhere, on this device and in this dtype; from elsewhere they go through the memory of the host, because a
+/// device need not have their dtype.
+fn adopt<const D: usize>(values: &Tensor<D>, device: &Device, dtype: FloatDType) -> Result<Tensor<D>, Error> {
+    let from = values.device();
+    if from == *device && from.is_autodiff() == device.is_autodiff() {
+        return Ok(values.clone().cast(dtype));
+    }
+    Ok(Tensor::from_data(read_data(values.clone())?, (device, DType::from(dtype))))
 }
 
 impl DrawOptions {

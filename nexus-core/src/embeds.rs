@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, write_safetensors};
 
@@ -131,7 +131,7 @@ impl ImageEmbeds {
         Ok(write_safetensors(path, vec![("grid_thw".to_string(), grid), (name, values)], None)?)
     }
 
-    /// Reads what [`ImageEmbeds::save`] wrote.
+    /// Reads what [`ImageEmbeds::save`] wrote, in the dtype of the file, or in f32 where the device has not got it.
     ///
     /// # Errors
     /// [`EmbedsError::Checkpoint`] if the file is absent or malformed; [`EmbedsError::File`] if it holds no embeddings.
@@ -147,7 +147,10 @@ impl ImageEmbeds {
         if values.rank() != 3 {
             return Err(bad("`values` must be [batch, tokens, hidden]"));
         }
-        let dtype = values.dtype();
+        if !values.dtype().is_float() {
+            return Err(bad("`values` must be floats"));
+        }
+        let dtype = if device.supports_dtype(values.dtype()) { values.dtype() } else { DType::F32 };
         Self::new(Tensor::from_data(values, (device, dtype)), grid)
     }
 }

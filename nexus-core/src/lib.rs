@@ -21,4 +21,4 @@ pub mod testing;
 pub mod train;
 
 pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};
-pub use failure::failure_reason;
+pub use failure::{OutOfMemory, check_arrived, failure_reason, mib};

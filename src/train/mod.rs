@@ -34,7 +34,9 @@ mod workers;
 
 use std::{ops::ControlFlow, path::Path};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, FloatDType};
+
+use crate::DeviceError;
 
 pub use error::TrainError;
 pub use recipe::{
@@ -87,7 +89,8 @@ pub type TrainObserver<'a> = dyn FnMut(TrainEvent<'_>) -> ControlFlow<()> + 'a;
 /// Runs a recipe with the model in `model` in the directory `run`, or goes on where the run was left.
 ///
 /// # Errors
-/// [`TrainError`]; the checkpoints on disk stay usable.
+/// [`TrainError`], before anything is read if the device has not got a dtype of the recipe; the checkpoints on disk stay
+/// usable.
 pub fn train(
     recipe: &Recipe,
     model: impl AsRef<Path>,
@@ -96,6 +99,7 @@ pub fn train(
     observer: &mut TrainObserver<'_>,
 ) -> Result<TrainOutcome, TrainError> {
     let (model, run) = (model.as_ref(), run.as_ref());
+    check_dtypes(recipe, |dtype| device.supports_dtype(dtype))?;
     match recipe.part {
         TrainedPart::Autoencoder => {
             let task = pretraining::AutoencoderTask::open(recipe, model, device)?;
@@ -117,5 +121,42 @@ pub fn train(
             let task = decoders::DecoderTask::<nexus_diffusion::EditingDecoder>::open(recipe, model, device)?;
             trainer::train(task, recipe, run, device, observer)
         }
+    }
+}
+
+/// Weights are kept in f32, which every device has; stages may compute in another dtype.
+fn check_dtypes(recipe: &Recipe, supports: impl Fn(FloatDType) -> bool) -> Result<(), TrainError> {
+    match recipe.stages.iter().map(autoregressive::compute_dtype).find(|&dtype| !supports(dtype)) {
+        Some(dtype) => Err(crate::Error::from(DeviceError::UnsupportedDType { dtype }).into()),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_in_a_dtype_that_the_device_has_not_is_refused() {
+        let recipe = |dtypes: &[&str]| {
+            let stage = |dtype: &&str| {
+                serde_json::json!({
+                    "name": "only", "steps": 1, "batch_size": 1, "learning_rate": 1e-3, "compute_dtype": dtype,
+                    "data": [{"source": {"world": {"seed": 1, "task": "generation"}}, "weight": 1.0}],
+                })
+            };
+            let stages: Vec<_> = dtypes.iter().map(stage).collect();
+            serde_json::from_value::<Recipe>(serde_json::json!({
+                "command": "", "time": "", "expected": "", "part": "autoencoder", "seed": 5, "checkpoint_every": 1,
+                "log_every": 1, "max_rejected": 0, "stages": stages,
+            }))
+            .unwrap()
+        };
+        let only_f32 = |dtype| dtype == FloatDType::F32;
+        assert!(check_dtypes(&recipe(&["f32", "f32"]), only_f32).is_ok());
+        assert!(check_dtypes(&recipe(&["f32", "bf16"]), |_| true).is_ok());
+        let error = check_dtypes(&recipe(&["f32", "bf16"]), only_f32).unwrap_err();
+        let expected = DeviceError::UnsupportedDType { dtype: FloatDType::BF16 };
+        assert!(matches!(&error, TrainError::Model(crate::Error::Device(found)) if *found == expected), "{error}");
     }
 }
