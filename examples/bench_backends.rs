@@ -29,7 +29,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, ExitCode},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -45,6 +45,8 @@ use models::Weights;
 use work::{RELEASED_MODELS, STAGES, Stage};
 
 /// Times the stages at middle sizes on every device and writes a table, a plot and JSON.
+///
+/// The exit status is 0 if every stage ran on every device.
 #[derive(Parser)]
 struct Args {
     /// Devices; all that are there if left out
@@ -72,21 +74,31 @@ struct Args {
 struct Row {
     stage: String,
     device: String,
+    /// What ran; absent if the stage failed.
+    measured: Option<Times>,
+    /// Why the stage failed.
+    error: Option<String>,
+    #[serde(skip)]
+    values: Vec<f32>,
+}
+
+/// What one stage took on one device.
+#[derive(Clone, Serialize, Deserialize)]
+struct Times {
     dtype: String,
     /// Median seconds of a run.
     seconds: f64,
     /// Memory of the device, or of the process on a CPU.
     bytes: Option<u64>,
-    /// Largest difference from the first device, relative to its largest value.
+    /// Largest difference from the first device that ran, relative to its largest value.
     drift: Option<f32>,
-    #[serde(skip)]
-    values: Vec<f32>,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     if let Some(file) = &args.single {
-        return single(&args, file);
+        single(&args, file)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let devices = if args.devices.is_empty() { nexus::devices() } else { args.devices.clone() };
     ensure!(!devices.is_empty(), "no device: build with one of the features flex, wgpu, vulkan, metal, cuda, rocm");
@@ -103,23 +115,33 @@ fn main() -> Result<()> {
     for stage in STAGES.iter().filter(chosen) {
         let mut first: Option<Vec<f32>> = None;
         for device in &devices {
-            match in_own_process(&args, stage.name, device) {
-                Ok(mut row) => {
-                    row.drift = first.as_ref().map(|first| relative_drift(&row.values, first));
-                    println!("{:<22} {:<10} {:>9.1} ms", row.stage, row.device, 1000.0 * row.seconds);
+            let mut row = in_own_process(&args, stage.name, device).unwrap_or_else(|error| Row {
+                stage: stage.name.to_string(),
+                device: device.clone(),
+                measured: None,
+                error: Some(format!("{error:#}")),
+                values: vec![],
+            });
+            match (&mut row.measured, &row.error) {
+                (Some(measured), _) => {
+                    measured.drift = first.as_ref().map(|first| relative_drift(&row.values, first));
+                    println!("{:<22} {:<10} {:>9.1} ms", row.stage, row.device, 1000.0 * measured.seconds);
                     first.get_or_insert(std::mem::take(&mut row.values));
-                    rows.push(row);
                 }
-                Err(error) => eprintln!("{:<22} {device:<10} {error:#}", stage.name),
+                (None, error) => {
+                    println!("{:<22} {:<10} FAIL: {}", row.stage, row.device, error.as_deref().unwrap_or_default());
+                }
             }
+            rows.push(row);
         }
     }
-    ensure!(!rows.is_empty(), "no stage ran on any device");
     write_whole(&args.out.join("backends.json"), &serde_json::to_vec_pretty(&rows)?)?;
     write_whole(&args.out.join("backends.md"), table(&rows).as_bytes())?;
-    write_whole(&args.out.join("backends.svg"), plot(&rows, &devices)?.as_bytes())?;
+    if rows.iter().any(|row| row.measured.is_some()) {
+        write_whole(&args.out.join("backends.svg"), plot(&rows, &devices)?.as_bytes())?;
+    }
     println!("{}", args.out.join("backends.md").display());
-    Ok(())
+    Ok(if rows.iter().all(|row| row.measured.is_some()) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn in_own_process(args: &Args, stage: &str, device: &str) -> Result<Row> {
@@ -147,15 +169,14 @@ fn single(args: &Args, file: &Path) -> Result<()> {
     place::choose(nexus::device(device)?);
     let known = STAGES.iter().find(|known| known.name == stage).context("no such stage")?;
     let measured = measure::measure(known, Weights::Random, args.runs, args.seconds);
-    let row = Row {
-        stage: stage.clone(),
-        device: device.clone(),
+    let times = Times {
         dtype: measure::dtype(known),
         seconds: measured.median(),
         bytes: measured.device_bytes.or(measured.peak_bytes),
         drift: None,
-        values: vec![],
     };
+    let (stage, device) = (stage.clone(), device.clone());
+    let row = Row { stage, device, measured: Some(times), error: None, values: vec![] };
     fs::write(file.with_extension("values"), measured.bytes())?;
     Ok(fs::write(file, serde_json::to_vec(&row)?)?)
 }
@@ -164,10 +185,17 @@ fn table(rows: &[Row]) -> String {
     let mut text =
         "| stage | device | computes in | ms | MiB | drift from the first device |\n|---|---|---|---|---|---|\n"
             .to_string();
-    for Row { stage, device, dtype, seconds, bytes, drift, .. } in rows {
-        let bytes = bytes.map_or("-".to_string(), |bytes| (bytes >> 20).to_string());
-        let drift = drift.map_or("-".to_string(), |drift| format!("{drift:.1e}"));
-        text += &format!("| {stage} | {device} | {dtype} | {:.1} | {bytes} | {drift} |\n", 1000.0 * seconds);
+    for Row { stage, device, measured, error, .. } in rows {
+        let cells = match measured {
+            Some(Times { dtype, seconds, bytes, drift }) => {
+                let bytes = bytes.map_or("-".to_string(), |bytes| (bytes >> 20).to_string());
+                let drift = drift.map_or("-".to_string(), |drift| format!("{drift:.1e}"));
+                format!("{dtype} | {:.1} | {bytes} | {drift}", 1000.0 * seconds)
+            }
+            // What a process says may hold what ends a cell.
+            None => format!("FAIL: {} | - | - | -", error.as_deref().unwrap_or_default().replace('|', "/")),
+        };
+        text += &format!("| {stage} | {device} | {cells} |\n");
     }
     text
 }
@@ -177,11 +205,12 @@ fn plot(rows: &[Row], devices: &[String]) -> Result<String> {
     fn drawing(error: impl std::fmt::Display) -> anyhow::Error {
         anyhow!("drawing the plot: {error}")
     }
-    let mut stages: Vec<&str> = rows.iter().map(|row| row.stage.as_str()).collect();
+    let ran: Vec<(&Row, &Times)> = rows.iter().filter_map(|row| Some((row, row.measured.as_ref()?))).collect();
+    let mut stages: Vec<&str> = ran.iter().map(|(row, _)| row.stage.as_str()).collect();
     stages.dedup();
     let index: BTreeMap<&str, usize> = stages.iter().enumerate().map(|(index, stage)| (*stage, index)).collect();
-    let milliseconds = |row: &Row| 1000.0 * row.seconds;
-    let (lowest, highest) = rows.iter().map(milliseconds).fold((f64::MAX, 0.0f64), |(a, b), x| (a.min(x), b.max(x)));
+    let milliseconds = |(_, times): &(&Row, &Times)| 1000.0 * times.seconds;
+    let (lowest, highest) = ran.iter().map(milliseconds).fold((f64::MAX, 0.0f64), |(a, b), x| (a.min(x), b.max(x)));
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (1000, 460)).into_drawing_area();
@@ -204,8 +233,8 @@ fn plot(rows: &[Row], devices: &[String]) -> Result<String> {
         let width = 0.8 / devices.len() as f64;
         for (order, device) in devices.iter().enumerate() {
             let color = Palette99::pick(order).to_rgba();
-            let bars = rows.iter().filter(|row| row.device == *device).map(|row| {
-                let left = index[row.stage.as_str()] as f64 + width * order as f64;
+            let bars = ran.iter().filter(|(row, _)| row.device == *device).map(|row| {
+                let left = index[row.0.stage.as_str()] as f64 + width * order as f64;
                 Rectangle::new([(left, lowest * 0.5), (left + width, milliseconds(row))], color.filled())
             });
             chart

@@ -5,10 +5,12 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 use nexus::{
-    DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Image, ImageEmbeds, Nexus, Noise, Picture,
-    Progress, Residency, Stage, TextOptions, ar::FinishReason,
+    DrawOptions, DrawWith, EditOptions, EditWith, Error, FloatDType, GenerateOptions, Image, ImageEmbeds, Loader,
+    Nexus, Noise, Picture, Progress, Residency, Stage, TextOptions, ar::FinishReason,
 };
-use nexus_core::testing::{Fixture, assert_close, device, fixtures_dir, random_models_dir, relative_drift, tolerance};
+use nexus_core::testing::{
+    Fixture, assert_close, device, fixtures_dir, load_options, random_models_dir, relative_drift, tolerance,
+};
 
 const TOLERANCE: f32 = 2e-5;
 
@@ -78,8 +80,13 @@ impl Case {
     }
 }
 
+/// For f32, whatever the device computes in by default: tokens are compared exactly.
+fn loader() -> Loader {
+    Nexus::loader(random_models_dir()).compute_dtype(FloatDType::F32).weights_dtype(load_options().dtype)
+}
+
 fn nexus() -> Nexus {
-    Nexus::load(random_models_dir(), &device()).unwrap()
+    loader().load(&device()).unwrap()
 }
 
 fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
@@ -151,7 +158,7 @@ fn answers_about_two_images_of_odd_sizes_are_the_originals() {
 fn freeing_every_stage_changes_nothing() {
     let fixture = Fixture::open("e2e_edit_cfg");
     let case: Case = fixture.meta("options");
-    let mut nexus = Nexus::loader(random_models_dir()).residency(Residency::OneStageAtATime).load(&device()).unwrap();
+    let mut nexus = loader().residency(Residency::OneStageAtATime).load(&device()).unwrap();
     let mut loaded = vec![];
     let picture = nexus
         .with_progress(|event| {

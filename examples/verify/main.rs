@@ -1,29 +1,32 @@
 //! Does nexus compute the right thing on this device? `cargo run --release --example verify -- --device cpu`
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
 
+mod certificate;
 #[path = "../cli/mod.rs"]
 mod cli;
-mod stages;
+pub(crate) mod hashes;
+pub(crate) mod limits;
+pub(crate) mod model;
+pub(crate) mod stages;
 
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use certificate::{Certificate, Results};
 use clap::{Parser, ValueEnum};
-use nexus::{
-    DeviceInfo, FloatDType, Precision, Quantization,
-    core::checkpoint::{Checkpoint, LoadDType, Manifest},
-};
+use model::{ModelVerdict, check_model};
+use nexus::{DeviceInfo, FloatDType, Precision, Quantization, core::checkpoint::LoadDType};
 use nexus_core::testing::{fixtures_dir, random_models_dir};
-use stages::{PICTURES, STAGES, Setting, Verdict, draw, hash, verify, weights_in_memory};
+use stages::{PICTURES, STAGES, Setting, Verdict, draw, verify, weights_in_memory};
 
 /// Runs every stage on a device and compares it with PyTorch's results, which the repository carries.
 ///
-/// The exit status is 0 if every stage passes.
+/// The exit status is 0 if every stage passes, and the model too if one is given.
 #[derive(Parser)]
-struct Args {
+pub struct Args {
     /// Device: cpu, cuda:0, wgpu, vulkan, metal, rocm (those compiled in); `--example devices` lists them
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -36,8 +39,8 @@ struct Args {
     /// Write the certificate as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Check every tensor of this model against --manifest
-    #[arg(long, value_name = "DIR", requires = "manifest")]
+    /// Check this model too: every tensor against --manifest; without it, names and shapes against the released files
+    #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Directory with manifests, as `--example inspect -- --manifest DIR` writes them
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -54,31 +57,17 @@ enum Dtype {
     Bf16,
 }
 
-/// What `--json` writes.
-#[derive(serde::Serialize)]
-struct Certificate {
-    device: String,
-    /// What the device and its driver are called.
-    info: DeviceInfo,
-    dtype: String,
-    quantization: Option<Quantization>,
-    nexus: &'static str,
-    target: String,
-    /// SHA-256 of every file of weights.
-    weights: Vec<(String, String)>,
-    /// Bytes of the weights of nexus-tiny's large stages on the device, if every stage passes.
-    bytes: Vec<(&'static str, usize)>,
-    stages: Vec<Verdict>,
-    passes: bool,
-}
-
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     env_logger::builder().filter_level(log::LevelFilter::Warn).parse_default_env().init();
+    run(args)
+}
+
+/// The whole program: 0 if everything passes.
+pub fn run(args: Args) -> Result<ExitCode> {
     let device = nexus::device(&args.device)?;
     let precision = args.dtype.map_or_else(|| Precision::of(&device), Dtype::precision);
     precision.check(&device)?;
-    let info = DeviceInfo::of(&device);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nexus-tiny");
     let quantization = args.quantize.map(Quantization::from);
     let setting = Setting { random: random_models_dir(), tiny, device, precision, quantization };
@@ -91,36 +80,25 @@ fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if let (Some(model), Some(manifests)) = (&args.model, &args.manifest) {
-        check_manifests(model, manifests)?;
-    }
+    let checked = |dir: &PathBuf| check_model(dir, args.manifest.as_deref()).map(show_model);
+    let model = args.model.as_ref().map(checked).transpose()?;
 
     let linear = quantization.map(|quantization| format!(", linear layers {quantization:?}")).unwrap_or_default();
     println!("{} in {:?}, weights {:?}{linear}", args.device, precision.compute, precision.weights);
-    println!("{info}\n");
+    println!("{}\n", DeviceInfo::of(&setting.device));
     println!("{:<28} {:>9} {:>9} {:>9}  verdict", "stage", "drift", "limit", "seconds");
-    let stages: Vec<Verdict> = STAGES.into_iter().map(|(stage, run)| show(verify(stage, run, &setting))).collect();
-    let passes = stages.iter().all(Verdict::passes);
+    let stages: Vec<Verdict> = STAGES.iter().map(|stage| show(verify(stage, &setting))).collect();
+    let right = stages.iter().all(Verdict::passes);
     // What failed in a stage may fail here too, and must not keep the certificate back.
-    let bytes = if passes { weights_in_memory(&setting)? } else { vec![] };
+    let bytes = if right { weights_in_memory(&setting)? } else { vec![] };
     let kilobytes: Vec<String> = bytes.iter().map(|(stage, bytes)| format!("{stage} {} kB", bytes / 1000)).collect();
-    if passes {
+    if right {
         println!("\nweights of nexus-tiny in memory: {}", kilobytes.join(", "));
     }
+    let passes = right && model.as_ref().is_none_or(|model| model.passes);
     println!("\n{}", if passes { "PASS: every stage computes the right thing here" } else { "FAIL" });
     if let Some(path) = &args.json {
-        let certificate = Certificate {
-            device: args.device,
-            info,
-            dtype: format!("{:?}", precision.compute),
-            quantization,
-            nexus: env!("CARGO_PKG_VERSION"),
-            target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            weights: [weights(&setting.random)?, weights(&setting.tiny)?].concat(),
-            bytes,
-            stages,
-            passes,
-        };
+        let certificate = Certificate::new(args.device, &setting, Results { bytes, stages, model, passes })?;
         cli::write_whole(path, &serde_json::to_vec_pretty(&certificate)?)?;
         println!("certificate: {}", path.display());
     }
@@ -149,37 +127,14 @@ fn show(verdict: Verdict) -> Verdict {
     verdict
 }
 
-/// Hashes of the files of weights below a directory, by name.
-fn weights(dir: &Path) -> Result<Vec<(String, String)>> {
-    let mut found = Vec::new();
-    let mut pending = vec![dir.to_path_buf()];
-    while let Some(dir) = pending.pop() {
-        for entry in std::fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
-            let path = entry?.path();
-            if path.is_dir() {
-                pending.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "safetensors" || extension == "bin") {
-                let name = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(&path).display().to_string();
-                found.push((name, hash(&std::fs::read(&path)?)));
-            }
+fn show_model(model: ModelVerdict) -> ModelVerdict {
+    for stage in &model.stages {
+        match (&stage.error, stage.against) {
+            (Some(error), _) => println!("{}: FAIL: {error}", stage.stage),
+            (None, Some(against)) => println!("{}: as the {against} says", stage.stage),
+            (None, None) => println!("{}: no manifest, not checked", stage.stage),
         }
     }
-    found.sort();
-    Ok(found)
-}
-
-/// Compares every tensor of a model that has a manifest.
-fn check_manifests(model: &Path, manifests: &Path) -> Result<()> {
-    let files = nexus::ModelFiles::find(model)?;
-    let mut checked = 0;
-    for (stage, path) in files.weights() {
-        let manifest = manifests.join(format!("{stage}.json"));
-        if let (Ok(path), true) = (path, manifest.is_file()) {
-            Manifest::load(&manifest)?.verify(&Checkpoint::open(path)?, &mut |_| ())?;
-            println!("{stage}: every tensor is the one of {}", manifest.display());
-            checked += 1;
-        }
-    }
-    ensure!(checked > 0, "{}: no manifest of a stage that {} has", manifests.display(), model.display());
-    Ok(())
+    println!();
+    model
 }
