@@ -28,6 +28,7 @@ use std::{fs, path::PathBuf};
 use anyhow::Context;
 use burn::tensor::FloatDType;
 use clap::{Parser, ValueEnum};
+use nexus_core::testing::{CpuLevel, limit_cpu};
 use serde_json::json;
 
 use measure::{Measured, measure};
@@ -63,6 +64,9 @@ enum Command {
         /// Dtype of the activations: f32, bf16 or f16; without this, what suits the device.
         #[arg(long)]
         dtype: Option<Dtype>,
+        /// Kernels use no instructions beyond AVX2; products that the `gemm` crate does choose for themselves.
+        #[arg(long)]
+        avx2: bool,
         /// Where to write what the stage computed: little-endian f32.
         #[arg(long)]
         output: Option<PathBuf>,
@@ -90,9 +94,12 @@ fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::List => STAGES.iter().for_each(|stage| println!("{}", stage.name)),
         Command::Write { models } => models::write(&models)?,
-        Command::Run { stage, models, runs, seconds, dtype, output } => {
+        Command::Run { stage, models, runs, seconds, dtype, avx2, output } => {
             let stage = STAGES.iter().find(|known| known.name == stage).context("no such stage; see `list`")?;
             dtype.into_iter().for_each(|dtype| place::choose_compute(dtype.into()));
+            if avx2 {
+                limit_cpu(CpuLevel::Avx2);
+            }
             let measured = measure(stage, Weights::Files(&models), runs, seconds);
             if let Some(output) = output {
                 fs::write(output, measured.bytes())?;

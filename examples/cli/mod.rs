@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use nexus::{Nexus, Progress, Quantization, Residency};
+use nexus::{FloatDType, Nexus, Progress, Quantization, Residency};
 
 /// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
 #[global_allocator]
@@ -44,6 +44,24 @@ impl From<Bits> for Quantization {
     }
 }
 
+/// Dtype of the activations.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum ComputeDtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<ComputeDtype> for FloatDType {
+    fn from(dtype: ComputeDtype) -> Self {
+        match dtype {
+            ComputeDtype::F32 => Self::F32,
+            ComputeDtype::Bf16 => Self::BF16,
+            ComputeDtype::F16 => Self::F16,
+        }
+    }
+}
+
 /// Which model runs, and where.
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -56,6 +74,9 @@ pub struct ModelArgs {
     /// Device: cpu, cuda:0, wgpu, vulkan, metal, rocm (those compiled in)
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Dtype of the activations, if not the one that the `devices` example shows; on CPUs that multiply bf16, that is fastest
+    #[arg(long = "compute_dtype")]
+    compute_dtype: Option<ComputeDtype>,
     /// Keep the language model and the decoders in fewer bits, for devices with little memory
     #[arg(long)]
     quantize: Option<Bits>,
@@ -72,6 +93,9 @@ impl ModelArgs {
         let mut loader = Nexus::loader(self.dir()).residency(residency);
         if let Some(dir) = &self.flux_path {
             loader = loader.flux_dir(dir);
+        }
+        if let Some(dtype) = self.compute_dtype {
+            loader = loader.compute_dtype(dtype.into());
         }
         if let Some(bits) = self.quantize {
             loader = loader.quantization(bits.into());

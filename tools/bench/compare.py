@@ -24,6 +24,8 @@ import report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tools/bench"
+# What keeps PyTorch's libraries from instructions beyond AVX2.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 LAST_WRITTEN = "released/decoder_config.json"
 # Stages that take tens of gigabytes.
 RELEASED = "released_"
@@ -76,15 +78,16 @@ def build(devices):
 def programs(arguments, nexus):
     """Name -> command up to the name of the stage, number of threads, and device of ours."""
     threads = arguments.threads
+    ours = [str(nexus), "run", *(["--avx2"] if arguments.avx2 else [])]
     torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(threads)]
     if arguments.devices == ["cpu"]:
         commands = {
-            "nexus": ([str(nexus), "run"], threads, "cpu"),
-            "nexus bf16": ([str(nexus), "run", "--dtype", "bf16"], threads, "cpu"),
+            "nexus": (ours, threads, "cpu"),
+            "nexus bf16": ([*ours, "--dtype", "bf16"], threads, "cpu"),
         }
     else:
         torch += ["--device", "cuda"]
-        commands = {f"nexus {device}": ([str(nexus), "run"], threads, device) for device in arguments.devices}
+        commands = {f"nexus {device}": (ours, threads, device) for device in arguments.devices}
     commands["torch f32"] = ([*torch, "--dtype", "f32"], threads, None)
     commands["torch bf16"] = ([*torch, "--dtype", "bf16"], threads, None)
     if arguments.without_bf16:
@@ -92,7 +95,7 @@ def programs(arguments, nexus):
     if arguments.candle:
         commands["candle"] = ([str(arguments.candle)], threads, None)
     if arguments.one_thread:
-        commands["nexus, one thread"] = ([str(nexus), "run"], 1, "cpu")
+        commands["nexus, one thread"] = (ours, 1, "cpu")
     return commands
 
 
@@ -101,6 +104,8 @@ def measure(arguments, command, threads, device, stage, output):
     variables = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     # As .cargo/config.toml has it for what cargo runs.
     environment = os.environ | {name: str(threads) for name in variables} | {"MIMALLOC_PURGE_DELAY": "-1"}
+    if arguments.avx2:
+        environment |= AVX2
     if device:
         environment["BURN_DEVICE"] = device
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
@@ -161,6 +166,7 @@ def main():
     parser.add_argument("--candle", type=Path, help="program built from tools/bench/candle, to be compared too")
     parser.add_argument("--one-thread", action="store_true", help="compare with ourselves on one thread too")
     parser.add_argument("--without-bf16", action="store_true", help="leave out programs that compute in bf16")
+    parser.add_argument("--avx2", action="store_true", help="let no program use instructions beyond AVX2")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="processes per program and stage")
     parser.add_argument("--runs", type=int, default=7, help="most runs in a process, after one to warm up")
@@ -189,7 +195,7 @@ def main():
                 line["commit"] = measured
             results["stages"][stage] = lines
             print(report.summary(stage, lines), flush=True)
-            results |= {"threads": arguments.threads, "machine": report.machine(lines)}
+            results |= {"threads": arguments.threads, "machine": report.machine(lines, arguments.avx2)}
             results["stages"] = {name: results["stages"][name] for name in names if name in results["stages"]}
             if arguments.results:
                 arguments.results.write_text(json.dumps(results, indent=1))

@@ -145,15 +145,23 @@ def tables(results):
             return ""
         return f"{(median(lines, 'peak_bytes') - median(lines, 'start_bytes')) / 2**20:.0f} MiB"
 
+    def loading(lines, pair):
+        if not all(name in lines for name in pair):
+            return ""
+        ours, theirs = (median(lines[name], "load_seconds") for name in pair)
+        return f"{ours / theirs:.2f}"
+
     space = [
         [LABELS.get(stage, stage)]
         + [of(lines, name, memory) for name in names]
         + [of(lines, name, lambda of: duration(median(of, "load_seconds"))) for name in names]
+        + [loading(lines, pair) for pair in compared]
         for stage, lines in results["stages"].items()
     ]
     differences = (f"difference, {name}" for name in differing)
     speed_head = ["stage", *names, *(f"ratio {words(pair)}" for pair in compared), *differences]
     space_head = ["stage", *(f"peak, {name}" for name in names), *(f"loading, {name}" for name in names)]
+    space_head += [f"loading, ratio {words(pair)}" for pair in compared]
     return f"{table(speed_head, speed)}\n\n{table(space_head, space)}"
 
 
@@ -162,7 +170,7 @@ def level(results):
     return results["machine"].split(", ")[-1]
 
 
-def machine(lines):
+def machine(lines, avx2):
     """The processor in words, and the GPU where PyTorch ran on one."""
     try:
         flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line).split())
@@ -170,6 +178,8 @@ def machine(lines):
         flags = set()
     names = [("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 with bf16"), ("avx512f", "AVX-512"), ("avx2", "AVX2")]
     found = [name for flag, name in names if flag in flags][:1]
+    if avx2 and found != ["AVX2"]:
+        found = [f"{found[0]} that programs may not use", "AVX2 alone"]
     gpus = [line["device"] for lines in lines.values() for line in lines if line.get("device")][:1]
     return ", ".join([f"{len(os.sched_getaffinity(0))} cores", *found, *gpus])
 
