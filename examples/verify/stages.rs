@@ -69,7 +69,7 @@ pub struct Stage {
 }
 
 /// All stages in the order of the data. The numbers are the largest drift measured: in bf16, in f16, with weights of 8 bits
-/// and of 4; that of f16 on Mesa's software driver too, whose convolutions add in f16.
+/// and of 4; that of f16 on Mesa's software driver too.
 pub const STAGES: [Stage; 15] = [
     Stage { name: "patching", run: patching, limits: Limits::EXACT },
     Stage { name: "vision encoder", run: vision_encoder, limits: Limits::of(1.5e-2, 1.8e-3, 0.0, 0.0) },
