@@ -4,7 +4,7 @@
 #   tools/emulate_amx.sh BOCHS VMLINUZ
 #
 # BOCHS is the unpacked source of Bochs 3.0, which is changed and built; VMLINUZ a kernel from 5.16 on with a serial console and
-# initial ram disks built in, such as that of Debian's linux-image-cloud-amd64. Takes about five minutes, and needs g++, make, cpio,
+# initial ram disks built in, such as that of Debian's linux-image-cloud-amd64. Takes two minutes once the tests are built, and needs g++, make, cpio,
 # xorriso, and Debian's packages isolinux, syslinux-common, seabios and busybox-static.
 set -euo pipefail
 bochs=$(realpath "$1") kernel=$(realpath "$2")
