@@ -17,9 +17,8 @@ fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// Root-mean-square normalisation over the last dimension: `w * (x * rsqrt(mean x² + eps))`.
 ///
-/// The normalised value is rounded to the dtype of `x` before the weight is applied.
-///
 /// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `Qwen2RMSNorm`).
+/// Differs: kernels round once, after the weight; the original, and burn's operations here, round the normalised value too.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
     /// `[width]`.
