@@ -26,6 +26,10 @@ use nexus::{
 };
 use nexus_core::testing::{Fixture, assert_close, device, random_models_dir};
 
+/// Keeps freed memory for the next tensor, as in the examples.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const LOSS_TOLERANCE: f32 = 1e-5;
 const GRADIENT_TOLERANCE: f32 = 1e-4;
 

@@ -12,6 +12,10 @@ use nexus_core::testing::{
     Fixture, assert_close, device, fixtures_dir, load_options, random_models_dir, relative_drift, tolerance,
 };
 
+/// Keeps freed memory for the next tensor, as in the examples.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const TOLERANCE: f32 = 2e-5;
 
 /// Options of a fixture, as the parity scripts write them.

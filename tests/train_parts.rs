@@ -13,6 +13,10 @@ use nexus::{
 use nexus_core::testing::{cpu, random_models_dir};
 use serde_json::{Value, json};
 
+/// Keeps freed memory for the next tensor, as in the examples.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn recipe(part: &str, initial: Value, data: Value, stage: Value) -> Recipe {
     let mut first = json!({
         "name": "only", "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "data": [{"source": data, "weight": 1.0}],

@@ -11,6 +11,10 @@ use nexus::{
 use nexus_core::testing::{cpu, random_models_dir};
 use serde_json::{Value, json};
 
+/// Keeps freed memory for the next tensor, as in the examples.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A recipe, what it is trained on, and the runs of it.
 pub struct Case {
     pub dir: tempfile::TempDir,
