@@ -4,8 +4,8 @@
 #   tools/emulate_amx.sh BOCHS VMLINUZ
 #
 # BOCHS is the unpacked source of Bochs 3.0, which is changed and built; VMLINUZ a kernel from 5.16 on with a serial console and
-# initial ram disks built in, such as that of Debian's linux-image-cloud-amd64. Takes two minutes once the tests are built, and needs g++, make, cpio,
-# xorriso, and Debian's packages isolinux, syslinux-common, seabios and busybox-static.
+# initial ram disks built in, such as that of Debian's linux-image-cloud-amd64. Takes two minutes once the tests are built, and
+# needs g++, make, cpio, xorriso, and Debian's packages isolinux, syslinux-common, seabios and busybox-static.
 set -euo pipefail
 bochs=$(realpath "$1") kernel=$(realpath "$2")
 cd "$(dirname "$0")/.."
@@ -42,11 +42,11 @@ fi
 
 # A ram disk with the tests and what they link to.
 tests=$(cargo test --release --locked --workspace --lib --no-run 2>&1 | sed -n 's/.*(\(.*nexus_core-.*\))$/\1/p')
-mkdir -p "$work/root/bin" "$work/iso/isolinux"
-strip -o "$work/root/bin/tests" "$tests"
-cp "$(command -v busybox)" "$work/root/bin/"
-ldd "$tests" | grep -o '/[^ ]*' | while read -r library; do install -D "$library" "$work/root$library"; done
-cat > "$work/root/init" <<'INIT'
+mkdir -p "$work/disk/bin" "$work/iso/isolinux"
+strip -o "$work/disk/bin/tests" "$tests"
+cp "$(command -v busybox)" "$work/disk/bin/"
+ldd "$tests" | grep -o '/[^ ]*' | while read -r library; do install -D "$library" "$work/disk$library"; done
+cat > "$work/disk/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox mount -t proc proc /proc
@@ -56,8 +56,8 @@ cat > "$work/root/init" <<'INIT'
 /bin/busybox sleep 5
 /bin/busybox poweroff -f
 INIT
-chmod +x "$work/root/init"
-(cd "$work/root" && find . | cpio -o -H newc --quiet | gzip -1 > "$work/iso/initrd.gz")
+chmod +x "$work/disk/init"
+(cd "$work/disk" && find . | cpio -o -H newc --quiet | gzip -1 > "$work/iso/initrd.gz")
 cp "$kernel" "$work/iso/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$work/iso/isolinux/"
 # Without what makes Linux stop early on this emulator.

@@ -369,7 +369,7 @@ mod tests {
             let velocity = negative.clone() + (positive - negative) * 2.0;
             denoiser.step(&mut state);
             assert_close_tensors(&state.latents, &schedule.step(0, latents.clone(), velocity), 1e-6);
-            assert_eq!(denoiser.conditioning.pooled().dims(), [samples, 16]);
+            assert_eq!(denoiser.conditioning.pooled.dims(), [samples, 16]);
         }
     }
 

@@ -1,8 +1,8 @@
 //! Convolutions: pictures and kernels -> pictures.
 //!
 //! 3x3 kernels that keep the size, plain or on a doubled picture, go through Winograd's form; all others gather the
-//! pixels under each weight, and so does what Winograd's form finds not to be finite. Either way the work is a product of a small block of weights with a panel of pixels.
-//! Results do not depend on the number of threads.
+//! pixels under each weight, and so does what Winograd's form finds not to be finite. Either way the work is a product of a
+//! small block of weights with a panel of pixels. Results do not depend on the number of threads.
 
 mod gather;
 mod product;
@@ -14,7 +14,6 @@ use half::{bf16, f16};
 
 use self::{winograd::Picture, work::Output};
 use super::{Floats, Level, View, stored::Stored, wrap};
-use crate::nn::upsample_nearest_2x;
 
 /// A square convolution with bias.
 pub(crate) struct Filter {
@@ -66,13 +65,11 @@ pub(crate) fn upsample_conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4
 }
 
 fn conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
-    if filter.keeps_size_3x3() {
-        return winograd_at(level, Picture::Plain, x, filter);
+    if filter.keeps_size_3x3()
+        && let Some(y) = winograd_at(level, Picture::Plain, x, filter)
+    {
+        return Some(y);
     }
-    gathered_at(level, x, filter)
-}
-
-fn gathered_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
     let operands = Operands::of(x, filter)?;
     match x.dtype() {
         DType::F32 => operands.gathered::<f32>(level, filter),
@@ -86,18 +83,14 @@ fn upsample_conv2d_at(level: Level, x: &Tensor<4>, filter: &Filter) -> Option<Te
     if filter.keeps_size_3x3() { winograd_at(level, Picture::Doubled, x, filter) } else { None }
 }
 
+/// `None` also if not all of the result is finite.
 fn winograd_at(level: Level, picture: Picture, x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
     let operands = Operands::of(x, filter)?;
-    let tiled = match x.dtype() {
-        DType::F32 => operands.tiled::<f32>(level, picture)?,
-        DType::BF16 => operands.tiled::<bf16>(level, picture)?,
-        DType::F16 => operands.tiled::<f16>(level, picture)?,
-        _ => return None,
-    };
-    match (tiled, picture) {
-        (Some(y), _) => Some(y),
-        (None, Picture::Plain) => gathered_at(level, x, filter),
-        (None, Picture::Doubled) => gathered_at(level, &upsample_nearest_2x(x.clone()), filter),
+    match x.dtype() {
+        DType::F32 => operands.tiled::<f32>(level, picture),
+        DType::BF16 => operands.tiled::<bf16>(level, picture),
+        DType::F16 => operands.tiled::<f16>(level, picture),
+        _ => None,
     }
 }
 
@@ -154,8 +147,8 @@ impl Operands {
         Some(wrap(values, shape))
     }
 
-    /// The convolution in Winograd's form, or nothing of it if not all of it is finite.
-    fn tiled<E: Stored>(&self, level: Level, picture: Picture) -> Option<Option<Tensor<4>>> {
+    /// The convolution in Winograd's form, if all of it is finite.
+    fn tiled<E: Stored>(&self, level: Level, picture: Picture) -> Option<Tensor<4>> {
         let [batch, inputs, height, width] = self.dims;
         let scale = if picture == Picture::Doubled { 2 } else { 1 };
         let (weight, bias) = (self.weight.contiguous()?, self.bias.contiguous()?);
@@ -167,7 +160,7 @@ impl Operands {
         // SAFETY: `convolve` writes all of it.
         #[allow(unsafe_code)]
         let values = unsafe { Output::collect(shape, fill) };
-        Some(all_finite.then(|| wrap(values, shape)))
+        all_finite.then(|| wrap(values, shape))
     }
 }
 
@@ -175,8 +168,8 @@ impl Operands {
 mod tests {
     use super::*;
     use crate::{
-        nn::{Conv2d, Conv2dConfig},
-        testing::{cpu, ramp, relative_drift},
+        nn::{Conv2d, Conv2dConfig, upsample_conv, upsample_nearest_2x},
+        testing::{cpu, limit_cpu, ramp, relative_drift},
     };
 
     const TOLERANCE: f32 = 2e-6;
@@ -336,9 +329,10 @@ mod tests {
                 if pixel == f32::MAX {
                     continue;
                 }
-                let filter = filter(Conv2dConfig::same(2, 3, 3), DType::F32);
-                let expected = direct(&upsample_nearest_2x(x.clone()), &filter);
-                check(upsample_conv2d_at(level, &x, &filter).unwrap(), &expected, &format!("{level:?}, doubled"));
+                limit_cpu(level);
+                let conv = Conv2dConfig::same(2, 3, 3).init(&cpu());
+                let expected = direct(&upsample_nearest_2x(x.clone()), &conv.filter());
+                check(upsample_conv(x.clone(), &conv), &expected, &format!("{level:?}, doubled"));
             }
         }
     }

@@ -1,7 +1,8 @@
 //! Neural-network blocks shared by the models: configuration -> module -> tensors.
 //!
 //! Weights keep the dtype of the file and activations keep theirs: every block computes in the dtype of its input, so that
-//! bf16 weights can be used with f32 activations. The kernels for CPUs read weights as they are stored, elsewhere they are cast. A block belongs here when a second crate needs it.
+//! bf16 weights can be used with f32 activations. The kernels for CPUs read weights as they are stored, elsewhere they are
+//! cast. A block belongs here when a second crate needs it.
 
 /// Returns what the kernels for CPUs or GPUs make of a tensor; where they do not know it, they give it back.
 macro_rules! kernels_first {

@@ -53,16 +53,9 @@ pub struct Dit {
 #[derive(Debug, Clone)]
 pub struct ConstantConditioning {
     /// `[batch, dim]`.
-    pooled: Tensor<2>,
+    pub(crate) pooled: Tensor<2>,
     /// `[1, dim]`.
     guidance: Option<Tensor<2>>,
-}
-
-impl ConstantConditioning {
-    /// The embedded pooled vectors: `[batch, dim]`.
-    pub fn pooled(&self) -> &Tensor<2> {
-        &self.pooled
-    }
 }
 
 /// What [`Dit::forward`] takes.
@@ -166,6 +159,8 @@ impl Dit {
     /// For any other number of timesteps.
     pub fn conditioning_at(&self, timesteps: &[f32], constant: &ConstantConditioning) -> Tensor<2> {
         let ConstantConditioning { pooled, guidance } = constant;
+        let [batch, _] = pooled.dims();
+        assert!([1, batch].contains(&timesteps.len()), "{} timesteps of a batch of {batch}", timesteps.len());
         let time = self.time_embedder.forward(sinusoid(timesteps, pooled.dtype(), &pooled.device()));
         let conditioning = time + pooled.clone();
         match guidance {

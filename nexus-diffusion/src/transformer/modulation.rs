@@ -145,6 +145,11 @@ impl DitModulations {
     /// # Panics
     /// If there are not so many samples.
     pub fn samples(&self, samples: Range<usize>) -> Self {
+        let [batch, ..] = self.output.scale.dims();
+        if samples == (0..batch) {
+            // Hundreds of views of the whole, each of which may be a copy on a GPU.
+            return self.clone();
+        }
         let part = |x: &Tensor<3>| x.clone().narrow(0, samples.start, samples.len());
         let branch = |x: &Modulation| Modulation { shift: part(&x.shift), scale: part(&x.scale), gate: part(&x.gate) };
         let stream = |x: &StreamModulation| StreamModulation { attention: branch(&x.attention), mlp: branch(&x.mlp) };
