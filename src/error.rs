@@ -132,7 +132,7 @@ pub(crate) fn read_data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData,
     tensor.try_into_data().map_err(|error| Error::of_device(failure_reason(&error, &device), &device))
 }
 
-fn amounts(needed: Option<u64>, available: Option<u64>) -> String {
+pub(crate) fn amounts(needed: Option<u64>, available: Option<u64>) -> String {
     match (needed, available) {
         (None, None) => String::new(),
         (Some(needed), None) => format!(" ({} MiB asked for at once)", mib(needed)),

@@ -7,6 +7,7 @@ mod train_case;
 use std::{
     fs,
     ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     process::{Command, Stdio},
     time::Duration,
@@ -193,6 +194,29 @@ fn a_checkpoint_of_another_architecture_is_refused_by_name_and_shape() {
     for part in ["step-00000006", "module.safetensors", "encoder.conv_in.weight", "[16, 3, 3, 3]", "[8, 3, 3, 3]"] {
         assert!(error.contains(part), "no {part} in {error}");
     }
+}
+
+#[test]
+fn a_device_without_memory_ends_a_run_that_then_goes_on() {
+    let case = Case::new();
+    case.run("undisturbed").unwrap();
+    let run = case.dir.path().join("run");
+    let begin = |says: &'static str| {
+        let mut observer = |event: TrainEvent<'_>| match event {
+            TrainEvent::Step { metrics, .. } if metrics.step == 5 => panic!("{says}"),
+            _ => ControlFlow::Continue(()),
+        };
+        catch_unwind(AssertUnwindSafe(|| train(&case.recipe(), random_models_dir(), &run, &cpu(), &mut observer)))
+    };
+    let error = begin("An error\nCaused by:\n  out of device memory allocating 123456789 bytes").unwrap().unwrap_err();
+    assert!(matches!(error, TrainError::OutOfDeviceMemory { needed: Some(123_456_789), .. }), "{error}");
+    for part in ["118 MiB asked for", "`batch_size`", "`recompute`", "checkpoint is intact"] {
+        assert!(error.to_string().contains(part), "{error} without {part}");
+    }
+    let panic = begin("the observer is wrong").unwrap_err();
+    assert_eq!(panic.downcast_ref::<String>().unwrap(), "the observer is wrong");
+    case.run("run").unwrap();
+    assert_eq!(case.results("undisturbed"), case.results("run"));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::error::amounts;
+
 /// What can go wrong while training; what is on disk stays usable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -47,6 +49,19 @@ pub enum TrainError {
         step: usize,
         /// Parameter whose weights or gradient are not finite, or `loss`.
         parameter: String,
+    },
+    /// The device has too little memory for a step; the latest checkpoint is from before.
+    #[error(
+        "the device has not enough memory{}: {reason}; lower `batch_size` of the recipe, set `recompute`, or end other \
+         programs that use the device: the latest checkpoint is intact", amounts(*needed, *available)
+    )]
+    OutOfDeviceMemory {
+        /// Bytes of the allocation that failed, where the backend names them.
+        needed: Option<u64>,
+        /// Bytes that were there for it at most, where the backend tells; see [`nexus_core::OutOfMemory`].
+        available: Option<u64>,
+        /// What the backend said, and what the device's memory held.
+        reason: String,
     },
     /// No sample of the data can be used.
     #[error("stage `{stage}`: none of its data can be used; the reasons are in {rejected}", rejected = rejected.display())]

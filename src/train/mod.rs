@@ -32,11 +32,16 @@ mod trainer;
 mod unseen;
 mod workers;
 
-use std::{ops::ControlFlow, path::Path};
+use std::{
+    ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use burn::tensor::{Device, FloatDType};
+use nexus_core::train::TrainStateError;
 
-use crate::DeviceError;
+use crate::{DeviceError, Error, failure::judge};
 
 pub use error::TrainError;
 pub use recipe::{
@@ -90,7 +95,8 @@ pub type TrainObserver<'a> = dyn FnMut(TrainEvent<'_>) -> ControlFlow<()> + 'a;
 ///
 /// # Errors
 /// [`TrainError`], before anything is read if the device has not got a dtype of the recipe; the checkpoints on disk stay
-/// usable.
+/// usable. A device that fails is [`TrainError::OutOfDeviceMemory`], or [`Error::DeviceLost`] if it does not
+/// compute any more.
 pub fn train(
     recipe: &Recipe,
     model: impl AsRef<Path>,
@@ -100,6 +106,16 @@ pub fn train(
 ) -> Result<TrainOutcome, TrainError> {
     let (model, run) = (model.as_ref(), run.as_ref());
     check_dtypes(recipe, |dtype| device.supports_dtype(dtype))?;
+    on_device(device, || run_part(recipe, model, run, device, observer))
+}
+
+fn run_part(
+    recipe: &Recipe,
+    model: &Path,
+    run: &Path,
+    device: &Device,
+    observer: &mut TrainObserver<'_>,
+) -> Result<TrainOutcome, TrainError> {
     match recipe.part {
         TrainedPart::Autoencoder => {
             let task = pretraining::AutoencoderTask::open(recipe, model, device)?;
@@ -124,10 +140,28 @@ pub fn train(
     }
 }
 
+/// Runs what keeps nothing on the device when it ends, and judges how it failed.
+fn on_device<T>(device: &Device, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    let result = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Err(TrainError::Model(error))) => Ok(Err(error)),
+        Ok(Err(TrainError::State(TrainStateError::Read { parameter, reason }))) => {
+            Ok(Err(Error::of_device(format!("`{parameter}`: {reason}"), device)))
+        }
+        Ok(result) => return result,
+        Err(panic) => Err(panic),
+    };
+    judge(device, || (), result).map_err(|error| match error {
+        Error::OutOfDeviceMemory { needed, available, reason } => {
+            TrainError::OutOfDeviceMemory { needed, available, reason }
+        }
+        error => error.into(),
+    })
+}
+
 /// Weights are kept in f32, which every device has; stages may compute in another dtype.
 fn check_dtypes(recipe: &Recipe, supports: impl Fn(FloatDType) -> bool) -> Result<(), TrainError> {
     match recipe.stages.iter().map(autoregressive::compute_dtype).find(|&dtype| !supports(dtype)) {
-        Some(dtype) => Err(crate::Error::from(DeviceError::UnsupportedDType { dtype }).into()),
+        Some(dtype) => Err(Error::from(DeviceError::UnsupportedDType { dtype }).into()),
         None => Ok(()),
     }
 }
@@ -157,6 +191,6 @@ mod tests {
         assert!(check_dtypes(&recipe(&["f32", "bf16"]), |_| true).is_ok());
         let error = check_dtypes(&recipe(&["f32", "bf16"]), only_f32).unwrap_err();
         let expected = DeviceError::UnsupportedDType { dtype: FloatDType::BF16 };
-        assert!(matches!(&error, TrainError::Model(crate::Error::Device(found)) if *found == expected), "{error}");
+        assert!(matches!(&error, TrainError::Model(Error::Device(found)) if *found == expected), "{error}");
     }
 }
