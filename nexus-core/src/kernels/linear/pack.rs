@@ -77,11 +77,23 @@ pub(super) fn pack_rest<T: Term<X, W>, X: Copy, W>(x: &[X], inputs: usize, strid
     rest
 }
 
+/// Bytes that come together.
+pub(super) const LINE: usize = 64;
+
+/// Asks the CPU to bring the line of an address into the nearest cache.
+#[inline(always)]
+pub(super) fn prefetch_line<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every CPU of the target has the instruction, which may be given any address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Asks the CPU to bring values near.
 pub(super) fn prefetch<W>(values: &[W]) {
-    /// Bytes that come together.
-    #[cfg(target_arch = "x86_64")]
-    const LINE: usize = 64;
     #[cfg(target_arch = "x86_64")]
     for line in values.chunks(LINE / size_of::<W>()) {
         // SAFETY: every CPU of the target has the instruction, which may be given any address.

@@ -18,7 +18,7 @@ use super::{
     },
     Layer,
     columns::Columns,
-    pack::{pack, pack_rest, prefetch},
+    pack::{LINE, pack, pack_rest, prefetch, prefetch_line},
 };
 
 /// Outputs that a task computes: whole cache lines of any dtype, and a divisor of what widths usually are.
@@ -146,6 +146,8 @@ pub(super) enum Rows<'a, T> {
         values: &'a [T],
         /// Rows of a whole panel.
         width: usize,
+        /// What is multiplied after it.
+        next: &'a [T],
         /// Rows that are wanted of it.
         rows: usize,
     },
@@ -163,7 +165,7 @@ pub(super) enum Rows<'a, T> {
 impl<T> Rows<'_, T> {
     fn check(&self, level: Level, weights: &[T], sums: &[f32], to: usize) {
         let columns = match *self {
-            Self::Panel { values, width, rows } => {
+            Self::Panel { values, width, rows, .. } => {
                 assert!(width == panel_width(level) && values.len().is_multiple_of(width) && rows <= width);
                 assert!(values.len() / width <= BLOCK);
                 width
@@ -240,7 +242,13 @@ where
                         prefetch(&stored[from * T::INPUTS..inputs.min((from + BLOCK) * T::INPUTS)]);
                     }
                     let values = &values[start * width..end * width];
-                    let rows = Rows::Panel { values, width, rows: (in_panels - index * width).min(width) };
+                    let next = match index + 1 {
+                        next if next < panel_count => (next * terms + start) * width,
+                        _ if end < terms => end * width,
+                        _ => 0,
+                    };
+                    let (next, rows) = (&panels[next..], (in_panels - index * width).min(width));
+                    let rows = Rows::Panel { values, width, next, rows };
                     T::multiply_add(level, rows, block, &mut sums[index * width..], padded_rows);
                 }
                 if rest > 0 {
@@ -263,8 +271,8 @@ where
 /// The CPU has the instructions of `S` and `T`, and the slices are as [`Rows::check`] wants them.
 #[inline(always)]
 unsafe fn blocks<S: Simd, T: Lane>(rows: Rows<'_, T>, weights: &[T], sums: &mut [f32], stride: usize) {
-    let (values, width, rows) = match rows {
-        Rows::Panel { values, width, rows } => (values, width, rows),
+    let (values, width, next, rows) = match rows {
+        Rows::Panel { values, width, next, rows } => (values, width, next.as_ptr(), rows),
         Rows::Rest { values, stride: from, terms, rows } => {
             macro_rules! dots {
                 ($($count:literal)*) => {
@@ -284,7 +292,7 @@ unsafe fn blocks<S: Simd, T: Lane>(rows: Rows<'_, T>, weights: &[T], sums: &mut 
                 match rows.div_ceil(S::LANES) {
                     // SAFETY: the caller's condition; `$outputs` divides the range, which is of a task's outputs.
                     $($vectors => unsafe {
-                        tile::<S, T, $vectors, $outputs>(values, width, weights, sums, stride, output)
+                        tile::<S, T, $vectors, $outputs>(values, width, next, weights, sums, stride, output)
                     },)*
                     _ => unreachable!("no more vectors than a panel has"),
                 }
@@ -336,7 +344,8 @@ unsafe fn dots<S: Simd, T: Lane, const ROWS: usize>(
     }
 }
 
-/// The first `VECTORS` vectors of rows times `OUTPUTS` rows of weights from `output` on.
+/// The first `VECTORS` vectors of rows times `OUTPUTS` rows of weights from `output` on. Meanwhile a share of what is
+/// multiplied `next` comes near, and the sums of the next outputs.
 ///
 /// # Safety
 /// As [`blocks`], with `values` `[terms, width]`, `VECTORS * S::LANES <= width` and `output + OUTPUTS <= TASK_OUTPUTS`.
@@ -344,12 +353,16 @@ unsafe fn dots<S: Simd, T: Lane, const ROWS: usize>(
 unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
     values: &[T],
     width: usize,
+    next: *const T,
     weights: &[T],
     sums: &mut [f32],
     stride: usize,
     output: usize,
 ) {
+    /// Terms for each line of the next panel, which the tiles of a task bring near together.
+    const TERMS_PER_LINE: usize = 8;
     let terms = values.len() / width;
+    let next = next.wrapping_byte_add(output / OUTPUTS * terms.div_ceil(TERMS_PER_LINE) * LINE);
     // Whatever a term is, its bits travel in the lanes of floats.
     let values = values.as_ptr().cast::<f32>();
     let weights = weights[output * BLOCK..].as_ptr().cast::<f32>();
@@ -363,7 +376,13 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
                 *total = S::load(sums.add(output * stride + vector * S::LANES));
             }
         }
+        for output in OUTPUTS..2 * OUTPUTS {
+            prefetch_line(sums.wrapping_add(output * stride));
+        }
         for term in 0..terms {
+            if term.is_multiple_of(TERMS_PER_LINE) {
+                prefetch_line(next.wrapping_byte_add(term / TERMS_PER_LINE * LINE));
+            }
             let mut x = [S::zero(); VECTORS];
             for (vector, x) in x.iter_mut().enumerate() {
                 *x = S::load(values.add(term * width + vector * S::LANES));
