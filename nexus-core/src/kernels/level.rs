@@ -116,7 +116,7 @@ thread_local! {
 
 /// Kernels that this thread calls from now on use no higher level, as if the CPU had none.
 ///
-/// Products that the `gemm` crate does, of f32 by f32, choose their instructions themselves.
+/// Products that burn does choose their instructions themselves.
 #[cfg(any(test, feature = "testing"))]
 pub fn limit_cpu(level: Level) {
     LIMIT.set(level);

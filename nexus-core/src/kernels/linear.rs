@@ -7,14 +7,17 @@
 #[cfg(any(test, target_arch = "x86_64"))]
 mod amx;
 mod columns;
-mod pack;
+mod factors;
 mod tiles;
 
 use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use self::tiles::{Pair, tiles};
+#[cfg(any(test, feature = "train"))]
+pub(super) use self::factors::ColumnMajor;
+use self::tiles::Pair;
+pub(super) use self::{factors::RowMajor, tiles::tiles};
 use super::{
     Level, View,
     simd::{Simd, for_simd},
@@ -23,14 +26,13 @@ use super::{
 };
 
 /// Up to so many rows are computed as dot products.
-const MAX_DOT_ROWS: usize = 4;
+pub(super) const MAX_DOT_ROWS: usize = 4;
 /// Outputs of a task when the weights are streamed.
 const DOT_TASK_OUTPUTS: usize = 32;
 
 /// `x Wᵀ + b` in the dtype of `x`, or `None` if the tensors are not on the CPU or not of floats.
 ///
 /// Sums are of f32. bf16 activations and weights are multiplied as such where the CPU does that; all others are widened.
-/// Many f32 rows with f32 weights are left to the backend, whose product is as fast.
 ///
 /// # Shapes
 /// - `x`: `[.., in]`
@@ -46,10 +48,10 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     let mut shape = x.dims();
     assert_eq!(shape[D - 1], inputs, "width of the input of a linear layer");
     let rows = shape.iter().product::<usize>() / inputs.max(1);
-    let (few, weight) = (rows <= MAX_DOT_ROWS, View::of(weight)?);
-    if rows == 0 || inputs == 0 || ([x.dtype(), weight.dtype()] == [DType::F32; 2] && !few) {
+    if rows == 0 || inputs == 0 {
         return None;
     }
+    let weight = View::of(weight)?;
     let x = View::of(x)?.into_contiguous();
     let bias = bias.map(|bias| View::of(bias)?.widened()).map_or(Some(vec![0.0; outputs]), |bias| bias)?;
     let layer = Layer { bias: &bias, rows, inputs, outputs };
@@ -77,6 +79,10 @@ pub(super) struct Layer<'a> {
 }
 
 impl Layer<'_> {
+    fn factor<'a, E>(&self, values: &'a [E]) -> RowMajor<'a, E> {
+        RowMajor { values, inputs: self.inputs }
+    }
+
     /// The result for weights of any dtype, stored as `Y`; `None` if they are not floats or not row-major.
     fn on_stored<Y: Stored>(&self, x: &[f32], weight: &View, level: Level) -> Option<Vec<Y>> {
         match weight.dtype() {
@@ -97,7 +103,7 @@ impl Layer<'_> {
             // SAFETY: the CPU has just been asked, and only products open the unit, while they take no other work.
             return unsafe { amx::product::<amx::Amx, Y>(self, x, weight, level) };
         }
-        tiles::<Pair, _, _, Y>(self, x, weight, level)
+        tiles::<Pair, Y>(self, &self.factor(x), &self.factor(weight), level)
     }
 
     fn run<W: Stored, Y: Stored>(&self, x: &[f32], weight: &[W], level: Level) -> Vec<Y> {
@@ -106,7 +112,7 @@ impl Layer<'_> {
         if self.rows <= MAX_DOT_ROWS {
             Y::narrow(self.stream(x, weight, level))
         } else {
-            tiles::<f32, _, _, Y>(self, x, weight, level)
+            tiles::<f32, Y>(self, &self.factor(x), &self.factor(weight), level)
         }
     }
 
@@ -181,6 +187,32 @@ mod tests {
         ramp(shape, seed).into_data().try_into_vec_as::<f32>().unwrap()
     }
 
+    /// `[rows, inputs]` as `[inputs, rows]`.
+    fn turned(values: &[f32], inputs: usize) -> Vec<f32> {
+        (0..inputs).flat_map(|input| values.iter().skip(input).step_by(inputs).copied()).collect()
+    }
+
+    /// f32 at every level, with either factor turned and both.
+    fn check_turned(rows: usize, inputs: usize, outputs: usize) {
+        let (x, weight, bias) = (values([rows, inputs], 1), values([outputs, inputs], 2), values([1, outputs], 3));
+        let expected = expected(&x, &weight, &bias, inputs);
+        let layer = Layer { bias: &bias, rows, inputs, outputs };
+        let (turned_x, turned_weight) = (turned(&x, inputs), turned(&weight, inputs));
+        let turned_x = ColumnMajor { values: &turned_x, rows };
+        let turned_weight = ColumnMajor { values: &turned_weight, rows: outputs };
+        for level in Level::available() {
+            let products: [Vec<f32>; 3] = [
+                tiles(&layer, &turned_x, &layer.factor(&weight), level),
+                tiles(&layer, &layer.factor(&x), &turned_weight, level),
+                tiles(&layer, &turned_x, &turned_weight, level),
+            ];
+            for (which, y) in products.iter().enumerate() {
+                let drift = relative_drift(y, &expected);
+                assert!(drift < 2e-6, "{level:?}, {rows} x {inputs} -> {outputs}, {which}: drift {drift:e}");
+            }
+        }
+    }
+
     fn check<W: Stored>(rows: usize, inputs: usize, outputs: usize, narrow: impl Fn(f32) -> W) {
         let (x, bias) = (values([rows, inputs], 1), values([1, outputs], 3));
         let weight: Vec<W> = values([outputs, inputs], 2).into_iter().map(narrow).collect();
@@ -230,8 +262,9 @@ mod tests {
 
     fn products_of_bf16(layer: &Layer<'_>, x: &[bf16], weight: &[bf16]) -> Vec<(String, Vec<f32>)> {
         let levels = Level::available().filter(|level| *level != Level::Avx512 || level.multiplies_bf16());
-        let pairs =
-            levels.map(|level| (format!("pairs, {level:?}"), tiles::<Pair, _, _, f32>(layer, x, weight, level)));
+        let pairs = levels.map(|level| {
+            (format!("pairs, {level:?}"), tiles::<Pair, f32>(layer, &layer.factor(x), &layer.factor(weight), level))
+        });
         pairs.chain(amx::tests::products(layer, x, weight)).collect()
     }
 
@@ -257,7 +290,17 @@ mod tests {
             check(rows, inputs, outputs, |w| w);
             check(rows, inputs, outputs, bf16::from_f32);
             check(rows, inputs, outputs, f16::from_f32);
+            check_turned(rows, inputs, outputs);
             check_bf16(rows, inputs, outputs);
+        }
+    }
+
+    #[test]
+    fn rows_of_several_tasks_match_the_sum() {
+        for rows in (100..200).step_by(7).chain([1392, 1395, 1409, 2801]) {
+            check(rows, 3, 70, bf16::from_f32);
+            check_turned(rows, 5, 66);
+            check_bf16(rows, 5, 9);
         }
     }
 

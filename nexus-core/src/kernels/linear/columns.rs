@@ -1,6 +1,8 @@
 //! Results of a linear layer: the sums of some outputs -> columns of rows.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{
     super::{
         Level,
@@ -43,13 +45,21 @@ impl<Y: Stored> Columns<Y> {
         self.rows
     }
 
-    /// Writes the columns from `first` on, one for each bias: `sums` is `[TASK_OUTPUTS, padded_rows]`.
-    pub(super) fn write(&self, level: Level, first: usize, bias: &[f32], sums: &[f32], padded_rows: usize) {
-        assert!(first + bias.len() <= self.outputs && self.rows <= padded_rows);
+    /// Writes columns of some rows, those from `first` on, one for each bias: `sums` is `[TASK_OUTPUTS, padded_rows]`.
+    pub(super) fn write(
+        &self,
+        level: Level,
+        rows: Range<usize>,
+        first: usize,
+        bias: &[f32],
+        sums: &[f32],
+        padded_rows: usize,
+    ) {
+        assert!(first + bias.len() <= self.outputs && rows.end <= self.rows && rows.len() <= padded_rows);
         let mut lines = [[0.0; TASK_OUTPUTS]; WRITTEN_ROWS];
-        for start in (0..self.rows).step_by(WRITTEN_ROWS) {
-            turn(level, &sums[start..], padded_rows, &mut lines);
-            for (row, line) in (start..self.rows).zip(&mut lines) {
+        for start in rows.clone().step_by(WRITTEN_ROWS) {
+            turn(level, &sums[start - rows.start..], padded_rows, &mut lines);
+            for (row, line) in (start..rows.end).zip(&mut lines) {
                 let line = &mut line[..bias.len()];
                 for (value, bias) in line.iter_mut().zip(bias) {
                     *value += bias;

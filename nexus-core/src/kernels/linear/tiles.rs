@@ -1,9 +1,11 @@
 //! Products of many rows: activations in panels, weights in blocks -> register tiles -> rows.
 //!
-//! Activations are packed once, with rows as lanes. A task owns some outputs: it brings a block of their weights into the
-//! form that is multiplied, once for all rows, and adds its product with every panel to sums that stay in the cache. A few
-//! rows that would leave most of a vector empty stay rows, for dot products.
+//! Activations are packed once, with rows as lanes. A task owns some outputs of some rows: it brings a block of their weights
+//! into the form that is multiplied, once for all these rows, and adds its product with every panel to sums that stay in the
+//! cache. A few rows that would leave most of a vector empty stay rows, for dot products.
 #![allow(unsafe_code)]
+
+use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -18,18 +20,24 @@ use super::{
     },
     Layer,
     columns::Columns,
-    pack::{LINE, pack, pack_rest, prefetch, prefetch_line},
+    factors::{Blocks, LINE, Panels, prefetch_line},
 };
 
 /// Outputs that a task computes: whole cache lines of any dtype, and a divisor of what widths usually are.
 pub(super) const TASK_OUTPUTS: usize = 64;
+/// Panels of a task: enough to pay for the copy of the weights, and no more than have sums that stay in the second cache.
+const TASK_PANELS: Range<usize> = 2..87;
+/// So many tasks for each thread keep all threads busy to the end.
+const TASKS: usize = 4;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 /// Up to so many rows that do not fill a vector are multiplied as rows.
 const MAX_REST: usize = 4;
 
 /// What a lane multiplies in one step: one f32, or two bf16.
-pub(super) trait Lane: Copy + Default + Send + Sync {
+pub(in super::super) trait Lane: Copy + Default + Send + Sync {
+    /// Inputs of a lane.
+    const INPUTS: usize;
     /// Adds to `sums`, `[outputs, stride]`, the products of some rows and of weights, `[outputs, BLOCK]`.
     ///
     /// # Panics
@@ -43,16 +51,15 @@ pub(super) trait Lane: Copy + Default + Send + Sync {
 }
 
 /// Inputs that a lane takes, and how they become one.
-pub(super) trait Term<X, W>: Lane {
-    /// Inputs in a term.
-    const INPUTS: usize;
+pub(super) trait Term<E>: Lane {
     /// The term with the first of some inputs; what is missing is zero.
-    fn of(inputs: &[X]) -> Self;
-    /// Terms of neighbouring weights; what is missing in the last one is zero.
-    fn fill(level: Level, terms: &mut [Self], weights: &[W]);
+    fn of(inputs: &[E]) -> Self;
+    /// Terms of neighbouring inputs; what is missing in the last one is zero.
+    fn fill(level: Level, terms: &mut [Self], inputs: &[E]);
 }
 
 impl Lane for f32 {
+    const INPUTS: usize = 1;
     fn multiply_add(level: Level, rows: Rows<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
         /// # Safety
         /// As [`blocks`].
@@ -71,14 +78,13 @@ impl Lane for f32 {
     }
 }
 
-impl<W: Stored> Term<f32, W> for f32 {
-    const INPUTS: usize = 1;
+impl<E: Stored> Term<E> for f32 {
     #[inline(always)]
-    fn of(inputs: &[f32]) -> Self {
-        inputs[0]
+    fn of(inputs: &[E]) -> Self {
+        inputs[0].widen()
     }
-    fn fill(level: Level, terms: &mut [Self], weights: &[W]) {
-        widen_slice(level, weights, terms);
+    fn fill(level: Level, terms: &mut [Self], inputs: &[E]) {
+        widen_slice(level, inputs, terms);
     }
 }
 
@@ -87,14 +93,13 @@ impl<W: Stored> Term<f32, W> for f32 {
 #[repr(transparent)]
 pub(super) struct Pair(u32);
 
-impl Term<bf16, bf16> for Pair {
-    const INPUTS: usize = 2;
+impl Term<bf16> for Pair {
     #[inline(always)]
     fn of(inputs: &[bf16]) -> Self {
         Self(pair(inputs[0], inputs.get(1).copied().unwrap_or(bf16::ZERO)))
     }
-    fn fill(_: Level, terms: &mut [Self], weights: &[bf16]) {
-        let (pairs, rest) = weights.as_chunks::<2>();
+    fn fill(_: Level, terms: &mut [Self], inputs: &[bf16]) {
+        let (pairs, rest) = inputs.as_chunks::<2>();
         for (term, pair) in terms.iter_mut().zip(pairs) {
             *term = Self::of(pair);
         }
@@ -105,6 +110,7 @@ impl Term<bf16, bf16> for Pair {
 }
 
 impl Lane for Pair {
+    const INPUTS: usize = 2;
     fn multiply_add(level: Level, rows: Rows<'_, Self>, weights: &[Self], sums: &mut [f32], stride: usize) {
         rows.check(level, weights, sums, stride);
         #[cfg(target_arch = "x86_64")]
@@ -139,7 +145,7 @@ impl Lane for Pair {
 
 /// Some terms of some rows.
 #[derive(Clone, Copy)]
-pub(super) enum Rows<'a, T> {
+pub(in super::super) enum Rows<'a, T> {
     /// Rows that are lanes.
     Panel {
         /// `[terms, width]`.
@@ -202,65 +208,64 @@ pub(super) fn panel_width(level: Level) -> usize {
 /// - `x`: `[rows, inputs]`
 /// - `weight`: `[outputs, inputs]`
 /// - returns: `[rows, outputs]`
-pub(super) fn tiles<T, X, W, Y>(layer: &Layer<'_>, x: &[X], weight: &[W], level: Level) -> Vec<Y>
-where
-    T: Term<X, W>,
-    X: Copy + Sync,
-    W: Copy + Sync,
-    Y: Stored,
-{
+pub(in super::super) fn tiles<T: Lane, Y: Stored>(
+    layer: &Layer<'_>,
+    x: &impl Panels<T>,
+    weight: &impl Blocks<T>,
+    level: Level,
+) -> Vec<Y> {
     let &Layer { rows, inputs, outputs, bias } = layer;
-    assert!(x.len() == rows * inputs && weight.len() == outputs * inputs && bias.len() == outputs);
+    assert!(x.dims() == [rows, inputs] && weight.dims() == [outputs, inputs] && bias.len() == outputs);
     let (width, terms) = (panel_width(level), inputs.div_ceil(T::INPUTS));
     let rest = Some(rows % lanes(level)).filter(|&rest| rest <= MAX_REST && rest < rows).unwrap_or(0);
     let in_panels = rows - rest;
-    let panels = pack::<T, X, W>(level, &x[..in_panels * inputs], inputs);
+    let panels = x.panels(level, in_panels);
     let rest_stride = terms.next_multiple_of(lanes(level));
-    let rest_values = pack_rest::<T, X, W>(&x[in_panels * inputs..], inputs, rest_stride);
-    let (panel_count, padded_rows) = (in_panels.div_ceil(width), rows.next_multiple_of(width));
+    let rest_values = x.rest(in_panels, rest_stride);
+    let panel_count = in_panels.div_ceil(width);
+    let blocks = outputs.div_ceil(TASK_OUTPUTS);
+    let for_threads = (TASKS * rayon::current_num_threads()).div_ceil(blocks).min(panel_count / TASK_PANELS.start);
+    let most = (panel_count / for_threads.max(1)).min(TASK_PANELS.end * 16 / width);
+    let group = panel_count.div_ceil(panel_count.div_ceil(most));
+    let groups = panel_count.div_ceil(group);
+    let padded_rows = (group * width + rest).next_multiple_of(width);
     let mut y = Vec::<Y>::with_capacity(rows * outputs);
     let out = Columns::of(&mut y, [rows, outputs]);
-    (0..outputs.div_ceil(TASK_OUTPUTS)).into_par_iter().for_each_init(
+    (0..blocks * groups).into_par_iter().for_each_init(
         || (vec![T::default(); TASK_OUTPUTS * BLOCK], vec![0.0; TASK_OUTPUTS * padded_rows]),
         |(block, sums), task| {
-            let first = task * TASK_OUTPUTS;
-            let count = TASK_OUTPUTS.min(outputs - first);
+            let columns = task / groups * TASK_OUTPUTS..outputs.min((task / groups + 1) * TASK_OUTPUTS);
+            let first = task % groups * group;
+            let last = panel_count.min(first + group);
             sums.fill(0.0);
             for start in (0..terms).step_by(BLOCK) {
                 let end = terms.min(start + BLOCK);
-                for (row, output) in block.chunks_mut(BLOCK).zip(first..first + count) {
-                    let stored = &weight[output * inputs..(output + 1) * inputs];
-                    T::fill(level, row, &stored[start * T::INPUTS..inputs.min(end * T::INPUTS)]);
-                    // What a product with zeros reads there must not be what was there.
-                    row[end - start..].fill(T::default());
-                }
-                let (next, from) = if end < terms { (first, end) } else { (first + count, 0) };
-                for (index, values) in panels.chunks(width * terms).enumerate() {
-                    let share = |index| next + TASK_OUTPUTS * index / panel_count;
-                    for output in share(index).min(outputs)..share(index + 1).min(outputs) {
-                        let stored = &weight[output * inputs..(output + 1) * inputs];
-                        prefetch(&stored[from * T::INPUTS..inputs.min((from + BLOCK) * T::INPUTS)]);
-                    }
-                    let values = &values[start * width..end * width];
+                weight.fill(level, columns.clone(), start..end, block);
+                let (next, from) = if end < terms { (columns.clone(), end) } else { (columns.end..outputs, 0) };
+                let next = next.start..next.end.min(next.start + TASK_OUTPUTS);
+                for index in first..last {
+                    weight.prefetch(next.clone(), from..terms.min(from + BLOCK), index - first, last - first);
+                    let values = &panels[(index * terms + start) * width..(index * terms + end) * width];
                     let next = match index + 1 {
-                        next if next < panel_count => (next * terms + start) * width,
-                        _ if end < terms => end * width,
-                        _ => 0,
+                        next if next < last => next * terms + start,
+                        _ if end < terms => first * terms + end,
+                        next => next % panel_count * terms,
                     };
-                    let (next, rows) = (&panels[next..], (in_panels - index * width).min(width));
+                    let (next, rows) = (&panels[next * width..], (in_panels - index * width).min(width));
                     let rows = Rows::Panel { values, width, next, rows };
-                    T::multiply_add(level, rows, block, &mut sums[index * width..], padded_rows);
+                    T::multiply_add(level, rows, block, &mut sums[(index - first) * width..], padded_rows);
                 }
-                if rest > 0 {
+                if rest > 0 && last == panel_count {
                     let (values, stride) = (&rest_values[start..], rest_stride);
                     let rows = Rows::Rest { values, stride, terms: BLOCK.min(stride - start), rows: rest };
-                    T::multiply_add(level, rows, block, &mut sums[in_panels..], padded_rows);
+                    T::multiply_add(level, rows, block, &mut sums[in_panels - first * width..], padded_rows);
                 }
             }
-            out.write(level, first, &bias[first..first + count], sums, padded_rows);
+            let rows = first * width..if last == panel_count { rows } else { last * width };
+            out.write(level, rows, columns.start, &bias[columns], sums, padded_rows);
         },
     );
-    // SAFETY: the tasks cover all outputs, and each wrote its outputs of every row.
+    // SAFETY: the tasks cover all outputs of all rows, and each wrote its own.
     unsafe { y.set_len(rows * outputs) };
     y
 }

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use burn::tensor::{DType, Tensor};
-use gemm::Parallelism;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -13,6 +12,7 @@ use super::{
         Level, View,
         gemm::{Left, Right, multiply_add},
         level::with_level,
+        linear::{ColumnMajor, Layer, MAX_DOT_ROWS, RowMajor, tiles},
         rows::map_rows,
         simd::Portable,
         wrap,
@@ -21,8 +21,8 @@ use super::{
     sums::column_sums,
 };
 
-/// Most elements of the smaller sides of a product that is ours, which packs nothing: beyond, packed panels are faster.
-const MAX_SMALL: usize = 1 << 17;
+/// Most elements that a product in place, which packs nothing, passes over again and again: beyond, tiles are faster.
+const MAX_SMALL: usize = 3 << 14;
 /// Rows of a task.
 const BLOCK_ROWS: usize = 96;
 /// Inner elements that are multiplied while a panel of the right matrix stays in the nearest cache.
@@ -171,46 +171,7 @@ enum Turned {
     Right,
 }
 
-/// `left` times `right`, element `(inner, column)` at `inner * right_strides[0] + column * right_strides[1]`, through
-/// packed panels.
-fn packed_product([m, n, k]: [usize; 3], left: Left<'_>, right: &[f32], right_strides: [usize; 2]) -> Vec<f32> {
-    let last = |rows: usize, columns: usize, strides: [usize; 2]| (rows - 1) * strides[0] + (columns - 1) * strides[1];
-    assert!(m > 0 && n > 0 && k > 0);
-    assert!(last(m, k, left.strides) < left.values.len() && last(k, n, right_strides) < right.len());
-    let [left_row, left_column] = left.strides.map(|stride| stride as isize);
-    let [right_row, right_column] = right_strides.map(|stride| stride as isize);
-    let mut result = Vec::with_capacity(m * n);
-    // SAFETY: the asserts above for what is read; what is written has this capacity, is written whole, as nothing of it
-    // is read, and is no part of what is read.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            result.as_mut_ptr(),
-            1,
-            n as isize,
-            false,
-            left.values.as_ptr(),
-            left_column,
-            left_row,
-            right.as_ptr(),
-            right_column,
-            right_row,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::Rayon(0),
-        );
-        result.set_len(m * n);
-    }
-    result
-}
-
-/// A product of matrices: by our own tiles where its columns are whole vectors and the weights stay in the cache, else
-/// through packed panels.
+/// A product of matrices: of a small one in place, where its columns are whole vectors, else by the plain kernel's tiles.
 fn multiply(left: &Tensor<2>, right: &Tensor<2>, turned: Turned) -> Tensor<2> {
     let ([rows, columns], [right_rows, right_columns]) = (left.dims(), right.dims());
     let (m, k) = if turned == Turned::Left { (columns, rows) } else { (rows, columns) };
@@ -221,12 +182,22 @@ fn multiply(left: &Tensor<2>, right: &Tensor<2>, turned: Turned) -> Tensor<2> {
         let turn = |tensor: &Tensor<2>, yes: bool| if yes { tensor.clone().transpose() } else { tensor.clone() };
         return turn(left, turned == Turned::Left).matmul(turn(right, turned == Turned::Right));
     };
+    // What stays near is the right matrix, or the result where that is of few weights.
+    let near = n * if turned == Turned::Left { m.min(k) } else { k };
+    if !n.is_multiple_of(16) || near > MAX_SMALL || m.min(k) <= MAX_DOT_ROWS {
+        let layer = Layer { bias: &vec![0.0; n], rows: m, inputs: k, outputs: n };
+        let rows = |values| RowMajor { values, inputs: k };
+        let columns = |values, rows| ColumnMajor { values, rows };
+        let level = Level::detect();
+        let result = match turned {
+            Turned::Neither => tiles::<f32, f32>(&layer, &rows(left_values), &columns(right_values, n), level),
+            Turned::Left => tiles::<f32, f32>(&layer, &columns(left_values, m), &columns(right_values, n), level),
+            Turned::Right => tiles::<f32, f32>(&layer, &rows(left_values), &rows(right_values), level),
+        };
+        return wrap(result, [m, n]);
+    }
     let strides = if turned == Turned::Left { [1, columns] } else { [columns, 1] };
     let left = Left { values: left_values, strides };
-    if !n.is_multiple_of(16) || n * m.min(k) > MAX_SMALL || m <= 4 {
-        let strides = if turned == Turned::Right { [1, right_columns] } else { [right_columns, 1] };
-        return wrap(packed_product([m, n, k], left, right_values, strides), [m, n]);
-    }
     if turned != Turned::Right {
         return wrap(product([m, n, k], left, right_values), [m, n]);
     }
