@@ -64,7 +64,7 @@ enum Command {
         /// Dtype of the activations: f32, bf16 or f16; without this, what suits the device.
         #[arg(long)]
         dtype: Option<Dtype>,
-        /// Kernels use no instructions beyond AVX2; products that the `gemm` crate does choose for themselves.
+        /// Kernels use no instructions beyond AVX2; products that burn does choose for themselves.
         #[arg(long)]
         avx2: bool,
         /// Where to write what the stage computed: little-endian f32.

@@ -48,7 +48,7 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     let mut shape = x.dims();
     assert_eq!(shape[D - 1], inputs, "width of the input of a linear layer");
     let rows = shape.iter().product::<usize>() / inputs.max(1);
-    if rows == 0 || inputs == 0 {
+    if rows == 0 || inputs == 0 || outputs == 0 {
         return None;
     }
     let weight = View::of(weight)?;

@@ -5,8 +5,6 @@
 //! cache. A few rows that would leave most of a vector empty stay rows, for dot products.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
-
 use half::bf16;
 use rayon::prelude::*;
 
@@ -25,8 +23,10 @@ use super::{
 
 /// Outputs that a task computes: whole cache lines of any dtype, and a divisor of what widths usually are.
 pub(super) const TASK_OUTPUTS: usize = 64;
-/// Panels of a task: enough to pay for the copy of the weights, and no more than have sums that stay in the second cache.
-const TASK_PANELS: Range<usize> = 2..87;
+/// Most rows of a task, whose sums stay in the second cache.
+const TASK_ROWS: usize = 1392;
+/// Fewest panels of a task, which pay for its copy of the weights.
+const MIN_PANELS: usize = 2;
 /// So many tasks for each thread keep all threads busy to the end.
 const TASKS: usize = 4;
 /// Terms of a row that are multiplied while a panel stays in the nearest cache.
@@ -224,8 +224,8 @@ pub(in super::super) fn tiles<T: Lane, Y: Stored>(
     let rest_values = x.rest(in_panels, rest_stride);
     let panel_count = in_panels.div_ceil(width);
     let blocks = outputs.div_ceil(TASK_OUTPUTS);
-    let for_threads = (TASKS * rayon::current_num_threads()).div_ceil(blocks).min(panel_count / TASK_PANELS.start);
-    let most = (panel_count / for_threads.max(1)).min(TASK_PANELS.end * 16 / width);
+    let for_threads = (TASKS * rayon::current_num_threads()).div_ceil(blocks).min(panel_count / MIN_PANELS);
+    let most = (panel_count / for_threads.max(1)).min(TASK_ROWS / width);
     let group = panel_count.div_ceil(panel_count.div_ceil(most));
     let groups = panel_count.div_ceil(group);
     let padded_rows = (group * width + rest).next_multiple_of(width);
@@ -366,6 +366,8 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
 ) {
     /// Terms for each line of the next panel, which the tiles of a task bring near together.
     const TERMS_PER_LINE: usize = 8;
+    // A panel of rows of 16 lanes fills the nearest cache alone: what came there too early would drive it out.
+    let ahead = S::LANES < 16;
     let terms = values.len() / width;
     let next = next.wrapping_byte_add(output / OUTPUTS * terms.div_ceil(TERMS_PER_LINE) * LINE);
     // Whatever a term is, its bits travel in the lanes of floats.
@@ -381,11 +383,13 @@ unsafe fn tile<S: Simd, T: Lane, const VECTORS: usize, const OUTPUTS: usize>(
                 *total = S::load(sums.add(output * stride + vector * S::LANES));
             }
         }
-        for output in OUTPUTS..2 * OUTPUTS {
-            prefetch_line(sums.wrapping_add(output * stride));
+        if ahead {
+            for output in OUTPUTS..2 * OUTPUTS {
+                prefetch_line(sums.wrapping_add(output * stride));
+            }
         }
         for term in 0..terms {
-            if term.is_multiple_of(TERMS_PER_LINE) {
+            if ahead && term.is_multiple_of(TERMS_PER_LINE) {
                 prefetch_line(next.wrapping_byte_add(term / TERMS_PER_LINE * LINE));
             }
             let mut x = [S::zero(); VECTORS];
