@@ -12,6 +12,8 @@ pub mod config;
 mod cube;
 mod embeds;
 mod failure;
+#[cfg(all(feature = "train", any(feature = "flex", feature = "cube")))]
+mod graph;
 #[cfg(feature = "flex")]
 mod kernels;
 pub mod nn;

@@ -3,20 +3,25 @@
 //! Scores are f32 and made for a few heads at a time, so that they stay small.
 
 use burn::tensor::{DType, Tensor};
-use burn_cubecl::cubecl::{
-    self,
-    ir::ElemType,
-    prelude::{Tensor as Buffer, *},
+use burn_cubecl::{
+    cubecl::{
+        self,
+        ir::ElemType,
+        prelude::{Tensor as Buffer, *},
+    },
+    tensor::CubeTensor,
 };
 
 use super::{cube, element, empty_like, matmul::product, norm::cube_sum, tensor};
+#[cfg(feature = "train")]
+use crate::graph::is_autodiff;
 
 /// Bytes of scores at once.
 const SCORE_BYTES: usize = 1 << 30;
 /// Keys are padded to a multiple of this, so that products read whole vectors of weights.
 const KEYS: usize = 64;
 /// Units that share a row of scores.
-const UNITS: usize = 256;
+pub(super) const UNITS: usize = 256;
 /// Below any score, and finite: WGSL has no infinity.
 const LOWEST: f32 = -3.0e38;
 
@@ -34,8 +39,20 @@ pub(crate) fn attention(
     scale: f64,
     causal: bool,
 ) -> Option<Tensor<4>> {
-    let largest = cube(q)?.client.properties().memory.max_page_size;
-    in_parts(SCORE_BYTES.min(usize::try_from(largest).unwrap_or(usize::MAX)), [q, k, v], bias, scale, causal)
+    #[cfg(feature = "train")]
+    if [q, k, v].into_iter().any(is_autodiff) {
+        return match bias {
+            Some(_) => None,
+            None => super::tracked::attention([q, k, v], scale, causal),
+        };
+    }
+    in_parts(score_bytes(&cube(q)?), [q, k, v], bias, scale, causal)
+}
+
+/// Bytes of scores at once that the device gives in one piece.
+pub(super) fn score_bytes(q: &CubeTensor) -> usize {
+    let largest = q.client.properties().memory.max_page_size;
+    SCORE_BYTES.min(usize::try_from(largest).unwrap_or(usize::MAX))
 }
 
 /// [`attention`] with so many bytes of scores at once, but no less than a row of each sample.
@@ -46,28 +63,60 @@ fn in_parts(
     scale: f64,
     causal: bool,
 ) -> Option<Tensor<4>> {
-    let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
-    let padded = keys.next_multiple_of(KEYS);
-    let (k, v) = (pad(k, padded), pad(v, padded));
-    let (heads_at_once, queries_at_once) = at_once(bytes / (batch * padded * size_of::<f32>()), heads, queries);
+    let keys = k.dims()[2];
+    let (k, v) = (pad(k), pad(v));
     let mut mixed = vec![];
-    for (head, count) in parts(heads, heads_at_once) {
-        let of_heads = |x: &Tensor<4>| x.clone().narrow(1, head, count);
-        let [k, v] = [&k, &v].map(of_heads);
+    for parts in parts(bytes, q.dims(), keys, causal) {
         let mut rows = vec![];
-        for (query, count) in parts(queries, queries_at_once) {
-            let of_queries = |x: Tensor<4>| x.narrow(2, query, count);
-            // Causal queries are the last ones of their keys, so those after a part's last query are left out.
-            let keys = if causal { keys - queries + query + count } else { keys };
-            let of_keys = |x: &Tensor<4>| x.clone().narrow(2, 0, keys.next_multiple_of(KEYS));
-            let scores = product(of_queries(of_heads(q)), of_keys(&k).swap_dims(2, 3), DType::F32)?;
-            let bias = bias.map(|bias| of_queries(of_heads(bias)).narrow(3, 0, keys));
-            let weights = softmax(scores, bias, scale, keys, causal, q.dtype())?;
-            rows.push(product(weights, of_keys(&v), q.dtype())?);
+        for part in parts {
+            let scores = product(part.queries_of(q), part.keys_of(&k).swap_dims(2, 3), DType::F32)?;
+            let bias = bias.map(|bias| part.queries_of(bias).narrow(3, 0, part.keys));
+            let weights = softmax(scores, bias, scale, part.keys, causal, q.dtype())?;
+            rows.push(product(weights, part.keys_of(&v), q.dtype())?);
         }
         mixed.push(joined(rows, 2));
     }
     Some(joined(mixed, 1))
+}
+
+/// Some queries of some heads, and the keys that any of them may see.
+pub(super) struct Part {
+    head: usize,
+    heads: usize,
+    query: usize,
+    queries: usize,
+    /// From the first key on.
+    pub(super) keys: usize,
+}
+
+impl Part {
+    /// Of `[batch, heads, queries, _]`.
+    pub(super) fn queries_of(&self, x: &Tensor<4>) -> Tensor<4> {
+        x.clone().narrow(1, self.head, self.heads).narrow(2, self.query, self.queries)
+    }
+
+    /// Of padded `[batch, heads, keys, _]`, with padding of their own.
+    pub(super) fn keys_of(&self, x: &Tensor<4>) -> Tensor<4> {
+        x.clone().narrow(1, self.head, self.heads).narrow(2, 0, self.keys.next_multiple_of(KEYS))
+    }
+}
+
+/// Parts whose scores take so many bytes, but no less than a row of each sample: for some heads each, those of their queries.
+///
+/// # Shapes
+/// `[batch, heads, queries, _]` are the queries'.
+pub(super) fn parts(bytes: usize, [batch, heads, queries, _]: [usize; 4], keys: usize, causal: bool) -> Vec<Vec<Part>> {
+    let row = batch * keys.next_multiple_of(KEYS) * size_of::<f32>();
+    let (heads_at_once, queries_at_once) = at_once(bytes / row, heads, queries);
+    let of_heads = |(head, heads)| {
+        let of_queries = |(query, count)| {
+            // Causal queries are the last ones of their keys, so those after a part's last query are left out.
+            let keys = if causal { keys - queries + query + count } else { keys };
+            Part { head, heads, query, queries: count, keys }
+        };
+        ranges(queries, queries_at_once).map(of_queries).collect()
+    };
+    ranges(heads, heads_at_once).map(of_heads).collect()
 }
 
 /// Heads, and queries of each, whose scores are made at once, if there is room for so many rows of scores.
@@ -75,22 +124,23 @@ fn at_once(rows: usize, heads: usize, queries: usize) -> (usize, usize) {
     ((rows / queries).clamp(1, heads), rows.clamp(1, queries))
 }
 
-/// Starts and lengths of parts of at most `len`.
-fn parts(total: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
+/// Starts and lengths of ranges of at most `len`.
+fn ranges(total: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..total).step_by(len).map(move |start| (start, len.min(total - start)))
 }
 
-fn joined(mut tensors: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
+pub(super) fn joined(mut tensors: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
     if tensors.len() == 1 { tensors.remove(0) } else { Tensor::cat(tensors, dim) }
 }
 
-/// Zeros after the last key.
-fn pad(x: &Tensor<4>, keys: usize) -> Tensor<4> {
-    let [batch, heads, found, width] = x.dims();
-    if found == keys {
+/// Zeros after the last key, up to a multiple of [`KEYS`].
+pub(super) fn pad(x: &Tensor<4>) -> Tensor<4> {
+    let [batch, heads, keys, width] = x.dims();
+    let missing = keys.next_multiple_of(KEYS) - keys;
+    if missing == 0 {
         return x.clone();
     }
-    let zeros = Tensor::zeros([batch, heads, keys - found, width], (&x.device(), x.dtype()));
+    let zeros = Tensor::zeros([batch, heads, missing, width], (&x.device(), x.dtype()));
     Tensor::cat(vec![x.clone(), zeros], 2)
 }
 
@@ -150,12 +200,38 @@ fn softmax_kernel<F: Float>(
         terminate!();
     }
     let unit = UNIT_POS as usize;
-    let mut visible = keys;
-    if causal {
-        visible = keys - queries + row % queries + 1;
-    }
+    let visible = visible_keys(row, keys, queries, causal);
     let start = row * row_width;
     let mut shared = Shared::<[f32]>::new_slice(units);
+    let (largest, share) = row_softmax(scores, start, visible, scale, &mut shared, units);
+    let mut column = unit;
+    while column < padded {
+        let mut weight = f32::new(0.0);
+        if column < visible {
+            weight = (scores[start + column] * scale - largest).exp() * share;
+        }
+        output[row * padded + column] = F::cast_from(weight);
+        column += units;
+    }
+}
+
+/// Keys that the query of a row may see.
+#[cube]
+pub(super) fn visible_keys(row: usize, keys: usize, queries: usize, #[comptime] causal: bool) -> usize {
+    if causal { keys - queries + row % queries + 1 } else { keys }
+}
+
+/// The largest of a row's scaled scores, and the inverse of the sum of the exponentials of their distances from it.
+#[cube]
+pub(super) fn row_softmax(
+    scores: &Buffer<f32>,
+    start: usize,
+    visible: usize,
+    scale: f32,
+    shared: &mut Shared<[f32]>,
+    #[comptime] units: usize,
+) -> (f32, f32) {
+    let unit = UNIT_POS as usize;
     let mut largest = f32::new(LOWEST);
     let mut column = unit;
     while column < visible {
@@ -179,16 +255,8 @@ fn softmax_kernel<F: Float>(
         sum += (scores[start + column] * scale - largest).exp();
         column += units;
     }
-    let share = 1.0f32 / cube_sum(sum, &mut shared, units);
-    let mut column = unit;
-    while column < padded {
-        let mut weight = f32::new(0.0);
-        if column < visible {
-            weight = (scores[start + column] * scale - largest).exp() * share;
-        }
-        output[row * padded + column] = F::cast_from(weight);
-        column += units;
-    }
+    let share = 1.0f32 / cube_sum(sum, shared, units);
+    (largest, share)
 }
 
 #[cfg(test)]

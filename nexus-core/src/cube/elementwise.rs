@@ -8,6 +8,8 @@ use burn_cubecl::cubecl::{
 };
 
 use super::{contiguous, cube, element, empty_like, rows::Rows, tensor};
+#[cfg(feature = "train")]
+use crate::graph::is_autodiff;
 use crate::nn::Function;
 
 /// Of the tanh approximation of GELU.
@@ -15,6 +17,10 @@ const MINUS_TWO_SQRT_2_OVER_PI: f32 = -1.595_769_121_605_730_7_f64 as f32;
 
 /// The function of every value; gives the tensor back if it is not for these kernels.
 pub(crate) fn activate<const D: usize>(function: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if is_autodiff(&x) {
+        return super::tracked::activate(function, &x).ok_or(x);
+    }
     run(function, &x, None).ok_or(x)
 }
 
@@ -24,6 +30,10 @@ pub(crate) fn activate_times<const D: usize>(
     gate: Tensor<D>,
     up: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
+    #[cfg(feature = "train")]
+    if is_autodiff(&gate) || is_autodiff(&up) {
+        return super::tracked::activate_times(function, &gate, &up).ok_or((gate, up));
+    }
     run(function, &gate, Some(&up)).ok_or((gate, up))
 }
 
@@ -91,8 +101,9 @@ fn activate_kernel<F: Float, N: Size>(
     output[ABSOLUTE_POS] = Vector::cast_from(y);
 }
 
+/// The function of a value.
 #[cube]
-fn activated<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vector<f32, N> {
+pub(super) fn activated<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vector<f32, N> {
     let one = Vector::new(1.0f32);
     match function {
         Function::Silu => x / (one + (-x).exp()),
@@ -112,6 +123,10 @@ fn activated<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vect
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
 pub(crate) fn gated_residual(x: &Tensor<3>, gate: &Tensor<3>, y: Tensor<3>) -> Result<Tensor<3>, Tensor<3>> {
+    #[cfg(feature = "train")]
+    if [x, gate, &y].into_iter().any(is_autodiff) {
+        return super::tracked::gated_residual(x, gate, &y).ok_or(y);
+    }
     residual(x, gate, &y).ok_or(y)
 }
 

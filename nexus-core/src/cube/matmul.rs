@@ -22,8 +22,7 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     let mut shape = x.dims();
     assert_eq!(shape[D - 1], inputs, "a layer of {inputs} inputs");
     let rows = x.shape().num_elements() / inputs.max(1);
-    cube(x)?;
-    let y = product(x.clone().reshape([rows, inputs]), weight.clone().transpose(), x.dtype())?;
+    let y = matmul(&x.clone().reshape([rows, inputs]), &weight.clone().transpose())?;
     let y = match bias {
         Some(bias) => y + bias.clone().unsqueeze(),
         None => y,
@@ -32,7 +31,20 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     Some(y.reshape(shape))
 }
 
-/// The product of two matrices of one dtype, or of batches of them; `None` if it is not for these kernels.
+/// The product of two matrices of one dtype, or of batches of them, in that dtype; `None` if it is not for these kernels.
+///
+/// # Shapes
+/// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`
+pub(crate) fn matmul<const D: usize>(left: &Tensor<D>, right: &Tensor<D>) -> Option<Tensor<D>> {
+    #[cfg(feature = "train")]
+    if crate::graph::is_autodiff(left) || crate::graph::is_autodiff(right) {
+        return super::tracked::product(left, right);
+    }
+    let dtype = left.dtype();
+    product(left.clone(), right.clone(), dtype)
+}
+
+/// [`matmul`] of plain tensors with a result of a dtype.
 ///
 /// # Shapes
 /// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`

@@ -1,18 +1,24 @@
 //! Kernels for GPUs, written once in CubeCL for CUDA, Vulkan, WebGPU, Metal and ROCm: tensors of burn's cube backend ->
 //! tensors.
 //!
-//! burn's own operations remain the formulation that these are tested against, and what tracked tensors and other
-//! backends take. Here every chain of them that reads its input once is one kernel with f32 inside, and products choose
-//! their algorithm by rules instead of by trying dozens at first use, which takes minutes.
+//! burn's own operations remain the formulation that these are tested against, and what other backends take. Here every
+//! chain of them that reads its input once is one kernel with f32 inside, and products choose their algorithm by rules
+//! instead of by trying dozens at first use, which takes minutes. Tensors on the autodiff device go through `tracked`
+//! (feature `train`), which gives the kernels their backward passes.
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for burn's operations")]
 
+#[cfg(feature = "train")]
+pub(crate) mod adamw;
 mod attention;
 mod conv;
 mod elementwise;
+mod group_norm;
 mod matmul;
 mod norm;
 mod rotary;
 mod rows;
+#[cfg(feature = "train")]
+mod tracked;
 
 use std::any::Any;
 
@@ -31,9 +37,12 @@ use burn_cubecl::{
 pub(crate) use attention::attention;
 pub(crate) use conv::conv2d;
 pub(crate) use elementwise::{activate, activate_times, gated_residual};
-pub(crate) use matmul::linear;
+pub(crate) use group_norm::group_norm;
+pub(crate) use matmul::{linear, matmul};
 pub(crate) use norm::{Norm, normalize};
 pub(crate) use rotary::rotate;
+#[cfg(feature = "train")]
+pub(crate) use tracked::split;
 
 /// The tensor as the backend has it; `None` if it is on another backend, tracked by autodiff, empty, or not of floats that
 /// kernels know.
@@ -103,6 +112,8 @@ mod tests {
         assert_eq!(taken(|x| x), [device() != cpu(); 6]);
         assert_eq!(taken(|x| x.to_device(&cpu())), [false; 6]);
         let tracked = |x: Tensor<4>| Tensor::<4>::from_data(x.into_data(), &device().autodiff()).require_grad();
-        assert_eq!(taken(tracked), [false; 6]);
+        // Rotary tables are constants.
+        let with_backward = cfg!(feature = "train") && device() != cpu();
+        assert_eq!(taken(tracked), std::array::from_fn(|kernel| with_backward && kernel != 5));
     }
 }

@@ -14,6 +14,11 @@ const UNITS: [usize; 2] = [32, 256];
 /// Widths from which on a row has many.
 const WIDE: usize = 1024;
 
+/// Units that share a row of this many values.
+pub(super) fn units_of(width: usize) -> usize {
+    UNITS[usize::from(width >= WIDE)]
+}
+
 /// What happens along a row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Norm<'a> {
@@ -29,7 +34,7 @@ pub(crate) enum Norm<'a> {
 
 /// [`Norm`] without its tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Kind {
+pub(super) enum Kind {
     Rms,
     Layer,
     Affine,
@@ -38,6 +43,10 @@ enum Kind {
 
 /// Normalises every row of the last dimension; gives the tensor back if it is not for these kernels.
 pub(crate) fn normalize<const D: usize>(x: Tensor<D>, norm: Norm<'_>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
+    #[cfg(feature = "train")]
+    if crate::graph::is_autodiff(&x) {
+        return super::tracked::normalize(&x, norm, epsilon).ok_or(x);
+    }
     run(&x, norm, epsilon).ok_or(x)
 }
 
@@ -56,7 +65,7 @@ fn run<const D: usize>(x: &Tensor<D>, norm: Norm<'_>, epsilon: f64) -> Option<Te
     let batch = if kind == Kind::Modulated { first.count } else { 1 };
     let vector = rows.vector().min(first.vector()).min(second.vector());
     let (client, output) = (rows.tensor.client.clone(), empty_like(&rows.tensor, x.shape(), x.dtype()));
-    let units = UNITS[usize::from(rows.width >= WIDE)];
+    let units = units_of(rows.width);
     let dtypes = [element(x.dtype())?, element(first.tensor.dtype)?];
     let (count, across) = (rows.count as u32, 1 << 15);
     norm_kernel::launch(

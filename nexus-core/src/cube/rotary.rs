@@ -16,6 +16,10 @@ use crate::nn::Pairs;
 /// - `x`: `[batch, tokens, heads, 2 * pairs]`
 /// - `cos`, `sin`: `[batch or 1, tokens, pairs]`
 pub(crate) fn rotate(x: Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pairs) -> Result<Tensor<4>, Tensor<4>> {
+    #[cfg(feature = "train")]
+    if crate::graph::is_autodiff(&x) {
+        return super::tracked::rotate(&x, cos, sin, pairs).ok_or(x);
+    }
     run(&x, cos, sin, pairs).ok_or(x)
 }
 

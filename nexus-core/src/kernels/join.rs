@@ -49,21 +49,6 @@ pub(super) fn joined(parts: &[&FlexTensor], dim: usize) -> Option<FlexTensor> {
     Some(FlexTensor::new(bytes, Layout::contiguous(Shape::from(shape)), first.dtype()))
 }
 
-/// Views of neighbouring parts along a dimension, with a backward pass that joins them; `None` for tensors that are not
-/// tracked, of which burn makes views as well.
-pub(crate) fn split<const D: usize, const N: usize>(
-    x: &Tensor<D>,
-    dim: usize,
-    sizes: [usize; N],
-) -> Option<[Tensor<D>; N]> {
-    #[cfg(feature = "train")]
-    if super::tracked::is_autodiff(x) {
-        return super::tracked::split(x, dim, sizes);
-    }
-    let _ = (x, dim, sizes);
-    None
-}
-
 /// A tensor with its values in row-major order from some element on.
 pub(super) fn in_one_piece(tensor: FlexTensor) -> FlexTensor {
     if tensor.layout().contiguous_offsets().is_some() {

@@ -9,7 +9,7 @@
 #![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for the plain formulation")]
 
 #[cfg(feature = "train")]
-mod adamw;
+pub(crate) mod adamw;
 mod attention;
 mod conv;
 mod elementwise;
@@ -28,16 +28,16 @@ mod stored;
 mod tracked;
 mod view;
 
-#[cfg(feature = "train")]
-pub(crate) use adamw::{AdamWStep, adamw};
 pub(crate) use attention::attention;
 pub(crate) use conv::{Filter, conv2d, upsample_conv2d};
 pub(crate) use elementwise::{activate, activate_times, gated_residual};
-pub(crate) use join::{cat, split};
+pub(crate) use join::cat;
 pub use level::Level;
 #[cfg(any(test, feature = "testing"))]
 pub use level::limit_cpu;
 pub(crate) use linear::linear;
 pub(crate) use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
 pub(crate) use rotary::rotate;
+#[cfg(feature = "train")]
+pub(crate) use tracked::split;
 pub(crate) use view::{Floats, View, wrap, wrap_as};

@@ -79,9 +79,7 @@ impl Conv2d {
         let weight = cast_like(self.weight.val(), &x);
         let bias = cast_like(self.bias.val(), &x);
         #[cfg(feature = "cube")]
-        if self.padding.0 == self.padding.1
-            && let Some(y) = crate::cube::conv2d(&x, &weight, &bias, self.stride, self.padding.0)
-        {
+        if let Some(y) = crate::cube::conv2d(&x, &weight, &bias, self.stride, self.padding) {
             return y;
         }
         let options = ConvOptions { stride: [self.stride; 2], padding: [self.padding; 2], dilation: [1; 2], groups: 1 };

@@ -6,7 +6,8 @@ use burn::{
 };
 
 use super::{
-    Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, index_tensor, rotate_half,
+    Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, index_tensor, linear::matmul,
+    rotate_half,
 };
 
 /// Sizes of a [`DecoderLayer`].
@@ -123,7 +124,7 @@ impl DecoderLayer {
         let chosen = |x: Tensor<4>, heads: &[usize]| {
             x.squeeze_dim::<3>(0).select(1, indices(heads)).swap_dims(0, 1).cast(DType::F32)
         };
-        let scores = chosen(q, heads).matmul(chosen(keys, &key_of).swap_dims(1, 2)) / (*head_dim as f64).sqrt();
+        let scores = matmul(chosen(q, heads), chosen(keys, &key_of).swap_dims(1, 2)) / (*head_dim as f64).sqrt();
         let hidden_from = |query: &usize| (0..tokens).map(|token| token > *query).collect::<Vec<_>>();
         let mask: Vec<bool> = queries.iter().flat_map(hidden_from).collect();
         let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, [queries.len(), tokens]), &device);

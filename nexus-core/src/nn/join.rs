@@ -18,15 +18,19 @@ pub fn cat<const D: usize>(tensors: Vec<Tensor<D>>, dim: usize) -> Tensor<D> {
 
 /// All parts of a tensor along a dimension, as views.
 ///
-/// For training on a CPU this is better than a view of each part: the gradient of the tensor is joined from those of the
-/// parts once.
+/// For training this is better than a view of each part: the gradient of the tensor is joined from those of the parts
+/// once.
 ///
 /// # Panics
 /// If a size is zero, or they are not those of the tensor together.
 pub fn split<const D: usize, const N: usize>(x: Tensor<D>, dim: usize, sizes: [usize; N]) -> [Tensor<D>; N] {
     assert_eq!(sizes.iter().sum::<usize>(), x.dims()[dim], "sizes of the parts of a tensor");
-    #[cfg(feature = "flex")]
+    #[cfg(all(feature = "flex", feature = "train"))]
     if let Some(parts) = crate::kernels::split(&x, dim, sizes) {
+        return parts;
+    }
+    #[cfg(all(feature = "cube", feature = "train"))]
+    if let Some(parts) = crate::cube::split(&x, dim, sizes) {
         return parts;
     }
     let mut end = 0;

@@ -65,6 +65,18 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
     module::linear(x, weight.transpose(), bias)
 }
 
+/// The product of two matrices of one dtype, or of batches of them.
+///
+/// # Shapes
+/// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`
+pub(super) fn matmul<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "cube")]
+    if let Some(y) = crate::cube::matmul(&left, &right) {
+        return y;
+    }
+    left.matmul(right)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

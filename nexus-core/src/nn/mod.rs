@@ -55,7 +55,7 @@ pub use recomputation::{Activation, Recomputation};
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) use rotary::Pairs;
 pub use rotary::{MultimodalRotary, RotaryTable, inverse_frequencies, rotate_half, rotate_interleaved};
-#[cfg(all(test, feature = "flex", feature = "train"))]
+#[cfg(all(test, any(feature = "flex", feature = "cube"), feature = "train"))]
 pub(crate) use rotary::{plain_rotate_half, plain_rotate_interleaved};
 
 use burn::{

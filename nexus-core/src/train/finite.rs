@@ -1,7 +1,7 @@
 //! Weights that are no numbers: a module -> the first parameter that holds one.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use super::TrainStateError;
 use crate::checkpoint::{ModulePath, WeightNames, follow_path};
@@ -11,30 +11,36 @@ use crate::checkpoint::{ModulePath, WeightNames, follow_path};
 /// # Errors
 /// [`TrainStateError::WeightNotFinite`] naming the first parameter at fault, [`TrainStateError::Read`].
 pub fn check_weights(module: &impl Module, names: &WeightNames) -> Result<(), TrainStateError> {
-    let mut checker = Checker { names, path: ModulePath::default(), checked: Ok(()) };
+    let mut checker = Checker { names, path: ModulePath::default(), parameters: vec![], finite: vec![] };
     module.visit(&mut checker);
-    checker.checked
+    let Checker { parameters, finite, .. } = checker;
+    if finite.is_empty() {
+        return Ok(());
+    }
+    // Read together, as a device finishes its work before each reading.
+    let data = Tensor::cat(finite, 0).try_into_data().map_err(|error| format!("{error:?}"));
+    let finite = data.and_then(|data| data.try_into_vec_as::<i32>().map_err(|error| error.to_string()));
+    let finite = finite.map_err(|reason| TrainStateError::Read { parameter: "weights".into(), reason })?;
+    match parameters.into_iter().zip(finite).find(|(_, finite)| *finite == 0) {
+        Some((parameter, _)) => Err(TrainStateError::WeightNotFinite { parameter }),
+        None => Ok(()),
+    }
 }
 
 struct Checker<'a> {
     names: &'a WeightNames,
     path: ModulePath,
-    checked: Result<(), TrainStateError>,
+    parameters: Vec<String>,
+    /// Ones where all weights of a parameter are finite.
+    finite: Vec<Tensor<1, Int>>,
 }
 
 impl ModuleVisitor for Checker<'_> {
     follow_path!();
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.checked.is_err() {
-            return;
-        }
-        let parameter = self.path.file_name(self.names);
-        self.checked = match param.val().detach().is_finite().all().try_into_scalar::<bool>() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(TrainStateError::WeightNotFinite { parameter }),
-            Err(error) => Err(TrainStateError::Read { parameter, reason: format!("{error:?}") }),
-        };
+        self.parameters.push(self.path.file_name(self.names));
+        self.finite.push(param.val().detach().is_finite().all().int());
     }
 }
 

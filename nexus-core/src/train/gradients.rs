@@ -70,18 +70,22 @@ impl GradientSum {
     /// # Errors
     /// [`TrainStateError::NotFinite`] naming the first parameter at fault, [`TrainStateError::Read`].
     pub fn norm(&self) -> Result<f64, TrainStateError> {
+        let squares = self.by_name.values().map(|gradient| (gradient.clone() * gradient.clone()).sum());
+        let squares: Vec<Tensor<1>> = squares.collect();
+        if squares.is_empty() {
+            return Ok(0.0);
+        }
+        // Read together, as a device finishes its work before each reading.
+        let data = Tensor::cat(squares, 0).try_into_data().map_err(|error| format!("{error:?}"));
+        let squares = data.and_then(|data| data.try_into_vec_as::<f32>().map_err(|error| error.to_string()));
+        let squares =
+            squares.map_err(|reason| TrainStateError::Read { parameter: "norms of gradients".into(), reason })?;
         let mut total = 0.0;
-        for (name, gradient) in &self.by_name {
-            let data = (gradient.clone() * gradient.clone()).sum().try_into_data();
-            let square = data
-                .map_err(|error| format!("{error:?}"))
-                .and_then(|data| data.try_to_vec_as::<f32>().map_err(|error| error.to_string()));
-            let read = |reason| TrainStateError::Read { parameter: name.clone(), reason };
-            let square: f64 = square.map_err(read)?.into_iter().map(f64::from).sum();
+        for (name, square) in self.by_name.keys().zip(squares) {
             if !square.is_finite() {
                 return Err(TrainStateError::NotFinite { parameter: name.clone() });
             }
-            total += square;
+            total += f64::from(square);
         }
         Ok(total.sqrt())
     }

@@ -3,6 +3,7 @@
 //! Everything is keyed by the names that parameters have in the released files, so that what is saved can be resumed by
 //! another process, and recipes name frozen parts as anyone finds them in a checkpoint. The loop is the facade's.
 
+mod adamw;
 mod average;
 mod draws;
 mod finite;
@@ -12,6 +13,8 @@ mod muon;
 mod optimizer;
 mod pattern;
 
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) use adamw::AdamWStep;
 pub use average::WeightAverage;
 pub use draws::Draws;
 pub use finite::check_weights;
@@ -48,7 +51,7 @@ pub enum TrainStateError {
     /// A value cannot be read back from the device.
     #[error("`{parameter}` cannot be read from the device: {reason}")]
     Read {
-        /// Parameter whose value or state was asked for.
+        /// Parameter, or all of a kind, whose value or state was asked for.
         parameter: String,
         /// What the backend said.
         reason: String,

@@ -7,7 +7,11 @@ use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimiz
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{GradientSum, MuonOptions, TrainStateError, muon::Muon};
+use super::{
+    GradientSum, MuonOptions, TrainStateError,
+    adamw::{AdamWKernel, AdamWStep},
+    muon::Muon,
+};
 use crate::checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
 
 /// Names of the moments in a saved state, as PyTorch calls them.
@@ -85,7 +89,7 @@ impl Optimizer {
         value
     }
 
-    /// One parameter's step of AdamW: in one pass over all values on the CPU, by burn elsewhere.
+    /// One parameter's step of AdamW: in one pass over all values where there is a kernel, else by burn.
     fn update(
         &self,
         lr: f64,
@@ -93,20 +97,15 @@ impl Optimizer {
         gradient: Tensor<1>,
         state: Option<AdamWState<1>>,
     ) -> (Tensor<1>, Option<AdamWState<1>>) {
-        #[cfg(feature = "flex")]
-        if crate::kernels::AdamWStep::takes(&value, &gradient) {
-            let AdamWOptions { betas, eps, weight_decay } = self.options;
-            let (time, moments) = match state {
-                Some(AdamWState { momentum }) => (momentum.time + 1, [momentum.moment_1, momentum.moment_2]),
-                // Zeros that the system gives when they are first touched, by all threads; burn's are written twice before.
-                None => (1, [(); 2].map(|()| crate::kernels::wrap(vec![0.0f32; value.dims()[0]], value.dims()))),
-            };
-            let step = crate::kernels::AdamWStep { lr, betas, eps, weight_decay, time };
-            let (value, [moment_1, moment_2]) = crate::kernels::adamw(value, &gradient, moments, &step);
-            let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
-            return (value, Some(AdamWState { momentum }));
-        }
-        self.adamw.step(lr, value, gradient, state)
+        let Some(kernel) = kernel_of([&value, &gradient]) else { return self.adamw.step(lr, value, gradient, state) };
+        let (time, moments) = match state {
+            Some(AdamWState { momentum }) => (momentum.time + 1, Some([momentum.moment_1, momentum.moment_2])),
+            None => (1, None),
+        };
+        let step = AdamWStep::new(self.options, lr, time);
+        let (value, [moment_1, moment_2]) = kernel(value, &gradient, moments, &step);
+        let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
+        (value, Some(AdamWState { momentum }))
     }
 
     /// The moments as tensors, to be saved.
@@ -177,6 +176,22 @@ impl Optimizer {
         }
         Ok(optimizer)
     }
+}
+
+/// The kernel that steps a parameter on its device.
+fn kernel_of(tensors: [&Tensor<1>; 2]) -> Option<AdamWKernel> {
+    if tensors.into_iter().any(|tensor| tensor.dtype() != DType::F32) {
+        return None;
+    }
+    #[cfg(feature = "flex")]
+    if crate::kernels::adamw::on_cpu(tensors) {
+        return Some(crate::kernels::adamw::adamw);
+    }
+    #[cfg(feature = "cube")]
+    if crate::cube::adamw::on_gpu(tensors) {
+        return Some(crate::cube::adamw::adamw);
+    }
+    None
 }
 
 struct Stepper<'a> {

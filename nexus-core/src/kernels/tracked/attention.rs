@@ -25,7 +25,7 @@ use super::{
         simd::{Portable, Simd},
         wrap,
     },
-    Gradient, Operand, Parent, gradient, parents, record,
+    Gradient, Operand, gradient, parents, record,
 };
 use crate::nn::Attention;
 

@@ -17,7 +17,7 @@ use super::{
         simd::{Portable, Simd},
         wrap,
     },
-    Operand, Parent, gradient, in_dtype, parents, record,
+    Operand, gradient, in_dtype, parents, record,
 };
 
 /// Outputs of a register tile.

@@ -11,7 +11,7 @@ use super::{
         rows::{Rows, map_rows},
         wrap,
     },
-    Operand, Parent, gradient, parents, record,
+    Operand, gradient, parents, record,
     sums::rows_and_sums,
 };
 use crate::nn::{Function, Pairs};
@@ -20,7 +20,7 @@ use crate::nn::{Function, Pairs};
 pub(in super::super) fn activate<const D: usize>(activation: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
     let Some(operand) = Operand::of(&x) else { return Err(x) };
     let Ok(result) = plain::activate(activation, operand.value.clone()) else { return Err(x) };
-    let kept = operand.value;
+    let kept = operand.value.clone();
     Ok(record(parents![operand], result, move |upstream, _| {
         [Some(gradient(times_slope(activation, upstream, &kept, None)))]
     }))

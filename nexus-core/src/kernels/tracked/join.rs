@@ -1,10 +1,8 @@
-//! Joining and splitting with their backward passes, which copy every element once.
-
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+//! Joining with its backward pass, which copies every element once.
 
 use burn::tensor::Tensor;
 
-use super::{super::join, Gradient, Operand, Parent, gradient, parents, record};
+use super::{super::join, Operand, gradient, parents, record};
 
 /// Two tensors one behind the other, or `None` as the plain kernel.
 pub(in super::super) fn cat<const D: usize>([x, y]: [&Tensor<D>; 2], dim: usize) -> Option<Tensor<D>> {
@@ -17,58 +15,12 @@ pub(in super::super) fn cat<const D: usize>([x, y]: [&Tensor<D>; 2], dim: usize)
     }))
 }
 
-/// Views of neighbouring parts along a dimension, or `None` for other tensors than [`Operand`] takes.
-///
-/// A view alone would have a gradient as large as the whole tensor, zero elsewhere, and all of them would be added. Here
-/// the backward passes of the parts leave their gradients to that of a node below them, which joins them.
-pub(in super::super) fn split<const D: usize, const N: usize>(
-    x: &Tensor<D>,
-    dim: usize,
-    sizes: [usize; N],
-) -> Option<[Tensor<D>; N]> {
-    let x = Operand::of(x)?;
-    let (value, dtype, dims) = (x.value.clone(), x.dtype, x.value.dims());
-    if dims.contains(&0) || sizes.contains(&0) || sizes.iter().sum::<usize>() != dims[dim] {
-        return None;
-    }
-    let gradients: Arc<Mutex<[Option<Gradient>; N]>> = Arc::new(Mutex::new([const { None }; N]));
-    let (collected, device) = (gradients.clone(), value.device());
-    let below = record(parents![x], value.clone(), move |_: Tensor<D>, _| {
-        let collected = std::mem::replace(&mut *locked(&collected), [const { None }; N]);
-        let zeros = |size| {
-            let mut dims = dims;
-            dims[dim] = size;
-            gradient(Tensor::<D>::zeros(dims, (&device, dtype)))
-        };
-        let parts: Vec<_> =
-            collected.into_iter().zip(sizes).map(|(part, size)| part.unwrap_or_else(|| zeros(size))).collect();
-        let joined = join::joined(&parts.iter().collect::<Vec<_>>(), dim);
-        [Some(joined.unwrap_or_else(|| unreachable!("gradients of parts of one tensor")))]
-    });
-    let (mut start, mut number) = (0, 0);
-    let mut part = |size| {
-        let below = Operand::of(&below)?;
-        let (view, at, gradients, device) =
-            (value.clone().narrow(dim, start, size), number, gradients.clone(), value.device());
-        (start, number) = (start + size, number + 1);
-        Some(record(parents![below], view, move |upstream: Tensor<D>, _| {
-            locked(&gradients)[at] = Some(gradient(upstream));
-            // Nobody reads it, but the node below runs only if it has a gradient.
-            [Some(gradient(Tensor::<D>::zeros([1; D], (&device, dtype))))]
-        }))
-    };
-    let parts: Vec<Tensor<D>> = sizes.into_iter().map(&mut part).collect::<Option<_>>()?;
-    parts.try_into().ok()
-}
-
-/// The content of a lock; a thread that panicked cannot have left half a write.
-fn locked<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
-    lock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{super::tests::check, *};
+    use super::{
+        super::{split, tests::check},
+        *,
+    };
 
     #[test]
     fn gradients_of_joined_tensors() {

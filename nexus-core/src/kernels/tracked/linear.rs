@@ -17,9 +17,10 @@ use super::{
         simd::Portable,
         wrap,
     },
-    Gradient, Operand, Parent, gradient, in_dtype, linear_bf16, parents, record,
+    Operand, gradient, in_dtype, linear_bf16,
     sums::column_sums,
 };
+use crate::graph::record_affine;
 
 /// Most elements that a product in place, which packs nothing, passes over again and again: beyond, tiles are faster.
 const MAX_SMALL: usize = 3 << 14;
@@ -62,7 +63,7 @@ pub(in super::super) fn linear<const D: usize>(
     let result = result.reshape(result_shape);
     let kept = weight.value.clone();
     let with_weight = weight.tracked.then_some(flat);
-    Some(recorded(x, weight, bias, result, move |upstream: Tensor<D>, [of_x, of_weight, of_bias]| {
+    Some(record_affine(x, weight, bias, result, move |upstream: Tensor<D>, [of_x, of_weight, of_bias]| {
         let upstream: Tensor<2> = in_dtype(upstream, DType::F32).reshape([rows, outputs]);
         let x = of_x.then(|| gradient(multiply(&upstream, &kept, Turned::Neither).reshape(shape)));
         let weight = with_weight.as_ref().filter(|_| of_weight);
@@ -70,23 +71,6 @@ pub(in super::super) fn linear<const D: usize>(
         let bias = of_bias.then(|| gradient(sum_rows(&upstream)));
         [x, weight, bias]
     }))
-}
-
-/// [`record`] for a layer with or without bias.
-pub(super) fn recorded<const D: usize>(
-    x: Operand<D>,
-    weight: Operand<2>,
-    bias: Option<Operand<1>>,
-    result: Tensor<D>,
-    backward: impl Fn(Tensor<D>, [bool; 3]) -> [Option<Gradient>; 3] + Send + Sync + 'static,
-) -> Tensor<D> {
-    match bias {
-        Some(bias) => record(parents![x, weight, bias], result, backward),
-        None => record(parents![x, weight], result, move |upstream, [of_x, of_weight]| {
-            let [x, weight, _] = backward(upstream, [of_x, of_weight, false]);
-            [x, weight]
-        }),
-    }
 }
 
 fn add_to_rows(rows: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {

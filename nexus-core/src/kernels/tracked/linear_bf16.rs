@@ -19,8 +19,9 @@ use super::{
         wrap,
     },
     Operand, gradient, in_dtype,
-    linear::{recorded, sum_rows},
+    linear::sum_rows,
 };
+use crate::graph::record_affine;
 
 /// Columns that a task turns.
 const TASK_COLUMNS: usize = 64;
@@ -39,7 +40,7 @@ pub(super) fn linear<const D: usize>(x: Operand<D>, weight: Operand<2>, bias: Op
     };
     let result: Vec<bf16> = kept.times_turned(&kept_weight, addends.as_deref());
     let kept = weight.tracked.then_some(kept);
-    Some(recorded(
+    Some(record_affine(
         x,
         weight,
         bias,

@@ -1,8 +1,4 @@
-//! Kernels on the autodiff device: tracked tensors -> the kernel's result, recorded with its backward pass.
-//!
-//! Tensors are taken apart into plain ones, the plain kernels run on those, and the result becomes a node of the graph
-//! with a function from its gradient to the gradients of its parents. Gradients of parents that nobody tracks are not
-//! computed. What a kernel does not take is left to burn's own operations, which are differentiable everywhere.
+//! Kernels of the CPU on the autodiff device: tracked tensors -> the kernel's result, recorded with its backward pass.
 
 mod attention;
 mod conv;
@@ -13,223 +9,96 @@ mod linear_bf16;
 mod norm;
 mod sums;
 
-use std::{fmt, sync::Arc};
-
 use burn::{
-    backend::{
-        Autodiff, DispatchDevice, Flex,
-        autodiff::{
-            checkpoint::{base::Checkpointer, strategy::NoCheckpointing},
-            grads::Gradients,
-            ops::{Backward, NodeGuard, Ops, OpsKind},
-        },
-    },
+    backend::{DispatchDevice, Flex},
     tensor::{Bytes, DType, Tensor},
 };
 use burn_flex::{FlexTensor, Layout};
 use half::bf16;
 
 use super::{
-    join::in_one_piece,
+    join::{in_one_piece, joined},
     stored::{narrow, widen},
 };
+use crate::graph::{self, Graphed, parents, record};
 
+pub(super) use crate::graph::is_autodiff;
 pub(super) use attention::attention;
 pub(super) use conv::{conv2d, upsample_conv2d};
 pub(super) use elementwise::{activate, activate_times, gated_residual, rotate};
-pub(super) use join::{cat, split};
+pub(super) use join::cat;
 pub(super) use linear::linear;
 pub(super) use norm::{affine_layer_norm, group_norm, layer_norm, modulated_layer_norm, rms_norm};
 
-/// Whether a tensor is on the autodiff device.
-pub(super) fn is_autodiff<const D: usize>(tensor: &Tensor<D>) -> bool {
-    matches!(tensor.device().as_dispatch(), DispatchDevice::Autodiff(_))
-}
-
 /// A tensor of the autodiff device, of f32 or bf16, taken apart.
-struct Operand<const D: usize> {
-    /// Its values, on the plain device.
-    value: Tensor<D>,
-    dtype: DType,
-    guard: NodeGuard,
-    tracked: bool,
-}
+type Operand<const D: usize> = graph::Operand<Flex, D>;
 
 impl<const D: usize> Operand<D> {
-    /// `None` for other dtypes, devices, and graphs that checkpoint. A tensor of the plain device is a constant.
-    fn of(tensor: &Tensor<D>) -> Option<Self> {
-        let dtype = tensor.dtype();
-        let is_plain = matches!(tensor.device().as_dispatch(), DispatchDevice::Flex(_));
-        if ![DType::F32, DType::BF16].contains(&dtype) || !(is_plain || is_autodiff(tensor)) {
-            return None;
-        }
-        let tensor = if is_plain { Tensor::from_inner(tensor.clone()) } else { tensor.clone() };
-        let tensor = tensor.try_into_primitive::<Autodiff<Flex>>().ok()?;
-        let tracked = tensor.is_tracked();
-        let (value, guard) = tensor.into_parts();
-        Some(Self { value: Tensor::from_primitive::<Flex>(value), dtype, guard, tracked })
-    }
-
     /// The same with its values in f32.
-    fn widened(self) -> Self {
-        Self { value: in_dtype(self.value, DType::F32), ..self }
+    fn widened(mut self) -> Self {
+        self.value = in_dtype(self.value.clone(), DType::F32);
+        self
     }
+}
+
+/// A gradient of any rank.
+type Gradient = graph::Gradient<Flex>;
+
+fn gradient<const D: usize>(tensor: Tensor<D>) -> Gradient {
+    graph::gradient::<Flex, D>(tensor)
 }
 
 /// A plain tensor of f32 or bf16 in the other of these, or as it is.
 fn in_dtype<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if tensor.dtype() == dtype {
-        return tensor;
+    graph::in_dtype::<Flex, D>(tensor, dtype)
+}
+
+impl Graphed for Flex {
+    const DTYPES: &'static [DType] = &[DType::F32, DType::BF16];
+
+    fn owns(device: &DispatchDevice) -> bool {
+        matches!(device, DispatchDevice::Flex(_))
     }
-    Tensor::from_primitive::<Flex>(converted(gradient(tensor), dtype))
-}
 
-/// [`in_dtype`] for any rank, with all threads.
-fn converted(tensor: FlexTensor, dtype: DType) -> FlexTensor {
-    if tensor.dtype() == dtype {
-        return tensor;
-    }
-    let tensor = in_one_piece(tensor);
-    let (layout, shape) = (tensor.layout(), tensor.layout().shape().clone());
-    let values = layout.start_offset()..layout.start_offset() + shape.num_elements();
-    let bytes = match dtype {
-        DType::BF16 => Bytes::from_elems(narrow::<bf16>(&tensor.storage::<f32>()[values])),
-        _ => Bytes::from_elems(widen(&tensor.storage::<bf16>()[values])),
-    };
-    FlexTensor::new(bytes, Layout::contiguous(shape), dtype)
-}
-
-/// A parent of a node, as [`record`] takes it.
-struct Parent {
-    guard: NodeGuard,
-    tracked: bool,
-    /// Of the parent, and so of its gradient.
-    dtype: DType,
-}
-
-/// A gradient of any rank.
-type Gradient = FlexTensor;
-
-fn gradient<const D: usize>(tensor: Tensor<D>) -> Gradient {
-    let Ok(primitive) = tensor.try_into_primitive::<Flex>() else { unreachable!("a gradient is a plain tensor") };
-    primitive
-}
-
-/// What [`record`] keeps: the gradient of the result and whose gradients are wanted -> those gradients.
-type Function<const N: usize> = dyn Fn(Gradient, [bool; N]) -> [Option<Gradient>; N] + Send + Sync;
-
-/// A backward function that the graph can hold.
-struct Kept<const N: usize>(Arc<Function<N>>);
-
-impl<const N: usize> Clone for Kept<N> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<const N: usize> fmt::Debug for Kept<N> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "backward function of {N} parents")
-    }
-}
-
-/// A node of the graph whose backward pass is its state.
-#[derive(Debug)]
-struct Node;
-
-impl<const N: usize> Backward<Flex, N> for Node {
-    type State = Kept<N>;
-
-    fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = gradients.consume::<Flex>(&ops.node);
-        let wanted = ops.parents.each_ref().map(Option::is_some);
-        for (parent, gradient) in ops.parents.into_iter().zip((ops.state.0)(upstream, wanted)) {
-            if let (Some(parent), Some(gradient)) = (parent, gradient) {
-                gradients.register::<Flex>(parent.id, gradient);
-            }
+    /// With all threads.
+    fn converted(tensor: FlexTensor, dtype: DType) -> FlexTensor {
+        if tensor.dtype() == dtype {
+            return tensor;
         }
+        let tensor = in_one_piece(tensor);
+        let (layout, shape) = (tensor.layout(), tensor.layout().shape().clone());
+        let values = layout.start_offset()..layout.start_offset() + shape.num_elements();
+        let bytes = match dtype {
+            DType::BF16 => Bytes::from_elems(narrow::<bf16>(&tensor.storage::<f32>()[values])),
+            _ => Bytes::from_elems(widen(&tensor.storage::<bf16>()[values])),
+        };
+        FlexTensor::new(bytes, Layout::contiguous(shape), dtype)
+    }
+
+    /// With all threads.
+    fn joined(tensors: Vec<FlexTensor>, dim: usize) -> FlexTensor {
+        let joined = joined(&tensors.iter().collect::<Vec<_>>(), dim);
+        joined.unwrap_or_else(|| unreachable!("gradients of one dtype, of parts of one tensor"))
     }
 }
 
-/// Puts a result on the autodiff device, in the dtype of the first parent: as a node if a parent is tracked, else as a
-/// constant.
-///
-/// What comes to `backward` has the dtype of the result; what it gives, f32 or bf16, is brought to that of the parent.
-fn record<const N: usize, const D: usize>(
-    parents: [Parent; N],
-    result: Tensor<D>,
-    backward: impl Fn(Tensor<D>, [bool; N]) -> [Option<Gradient>; N] + Send + Sync + 'static,
-) -> Tensor<D> {
-    let result = in_dtype(result, parents[0].dtype);
-    if parents.iter().all(|parent| !parent.tracked) {
-        return Tensor::from_inner(result);
-    }
-    let dtypes = parents.each_ref().map(|parent| parent.dtype);
-    let function = move |upstream, wanted| {
-        let mut gradients = backward(Tensor::from_primitive::<Flex>(upstream), wanted);
-        for (gradient, dtype) in gradients.iter_mut().zip(dtypes) {
-            *gradient = gradient.take().map(|gradient| converted(gradient, dtype));
-        }
-        gradients
-    };
-    let prepared = Backward::<Flex, N>::prepare::<NoCheckpointing>(Node, parents.map(|parent| parent.guard));
-    let result = gradient(result);
-    let node = match prepared.compute_bound().stateful() {
-        OpsKind::Tracked(prepared) => prepared.finish(Kept(Arc::new(function)), result),
-        OpsKind::UnTracked(prepared) => prepared.finish(result),
-    };
-    Tensor::from_primitive::<Autodiff<Flex>>(node)
+/// [`graph::split`] of tensors of the CPU.
+pub(crate) fn split<const D: usize, const N: usize>(
+    x: &Tensor<D>,
+    dim: usize,
+    sizes: [usize; N],
+) -> Option<[Tensor<D>; N]> {
+    graph::split::<Flex, D, N>(x, dim, sizes)
 }
-
-/// The parents of a node as [`record`] takes them.
-macro_rules! parents {
-    ($($operand:ident),*) => {
-        [$(Parent { guard: $operand.guard, tracked: $operand.tracked, dtype: $operand.dtype }),*]
-    };
-}
-use parents;
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
+        graph::tests::{run, scaled_drift, slopes, values},
         kernels::Level,
         testing::{cpu, limit_cpu, ramp, relative_drift},
     };
-
-    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-        tensor.into_data().try_into_vec_as::<f32>().unwrap()
-    }
-
-    /// Slopes of a result, which bf16 has.
-    fn slopes<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-        ramp(shape, 77).cast(DType::BF16).cast(DType::F32)
-    }
-
-    /// The result and the gradients of the inputs that are tracked.
-    fn run<const N: usize, const D: usize>(
-        inputs: &[Tensor<3>; N],
-        tracked: [bool; N],
-        function: &impl Fn([Tensor<3>; N]) -> Tensor<D>,
-    ) -> (Vec<f32>, Vec<Option<Vec<f32>>>) {
-        let mut index = 0;
-        let inputs = inputs.each_ref().map(|input| {
-            let input = Tensor::from_inner(input.clone());
-            index += 1;
-            if tracked[index - 1] { input.require_grad() } else { input }
-        });
-        let result = function(inputs.clone());
-        let weights = Tensor::from_inner(slopes(result.dims())).cast(result.dtype());
-        if tracked == [false; N] {
-            return (values(result.inner()), vec![]);
-        }
-        let mut gradients = (result.clone() * weights).sum().backward();
-        let gradient = |(input, tracked): (&Tensor<3>, bool)| match tracked {
-            true => input.grad_remove(&mut gradients).map(values),
-            false => None,
-        };
-        (values(result.inner()), inputs.iter().zip(tracked).map(gradient).collect())
-    }
 
     /// Compares a kernel on the autodiff device with the plain formulation and with finite differences.
     ///
@@ -284,12 +153,6 @@ mod tests {
             let drift = scaled_drift(gradient.as_ref().unwrap(), expected.as_ref().unwrap());
             assert!(drift < 2e-2, "{level:?}, bf16: drift {drift:e} of the gradient of input {i}");
         }
-    }
-
-    /// A drift relative to the largest value, or to one thousandth where all values are rounding.
-    fn scaled_drift(actual: &[f32], expected: &[f32]) -> f32 {
-        let largest = expected.iter().fold(1e-30f32, |largest, value| largest.max(value.abs()));
-        relative_drift(actual, expected) * (largest / largest.max(0.05))
     }
 
     /// Central finite differences at some of the elements of every input.

@@ -11,7 +11,7 @@ use super::{
         rows::Rows,
         wrap,
     },
-    Gradient, Operand, Parent,
+    Gradient, Operand,
     elementwise::silu_slope,
     gradient, in_dtype, parents, record,
     sums::rows_and_sums,

@@ -1,0 +1,236 @@
+//! Attention with its backward pass: tracked q, k, v -> mixed values.
+//!
+//! Backward, scores are made again for some heads and queries at a time, as in the forward pass; a kernel makes weights and
+//! their slopes of them.
+//!
+//! Source: Dao et al. 2022 (arXiv 2205.14135), appendix B.2.
+
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::cubecl::{
+    self,
+    ir::ElemType,
+    prelude::{Tensor as Buffer, *},
+};
+
+use super::{
+    super::{
+        attention::{Part, UNITS, attention as plain, joined, pad, parts, row_softmax, score_bytes, visible_keys},
+        contiguous, cube, element, empty_like,
+        matmul::product,
+        norm::cube_sum,
+        tensor,
+    },
+    Operand, gradient,
+    matmul::turned,
+    parents, record,
+};
+
+/// Attention without bias; with one it is left to burn.
+///
+/// # Shapes
+/// As the plain kernel's.
+pub(in super::super) fn attention(tensors: [&Tensor<4>; 3], scale: f64, causal: bool) -> Option<Tensor<4>> {
+    let [q, k, v] = tensors.map(Operand::of);
+    let (q, k, v) = (q?, k?, v?);
+    let inputs = [&q, &k, &v].map(|operand| operand.value.clone());
+    let result = plain(&inputs[0], &inputs[1], &inputs[2], None, scale, causal)?;
+    // Two matrices of scores are there at once.
+    let bytes = score_bytes(&cube(&inputs[0])?) / 2;
+    Some(record(parents![q, k, v], result, move |upstream, wanted| {
+        let [q, k, v] = slopes(bytes, inputs.each_ref(), &upstream, scale, causal);
+        let of = [q, k, v].map(gradient);
+        let mut wanted = wanted.into_iter();
+        of.map(|gradient| wanted.next().unwrap_or_default().then_some(gradient))
+    }))
+}
+
+/// Gradients of q, k and v.
+fn slopes(bytes: usize, [q, k, v]: [&Tensor<4>; 3], upstream: &Tensor<4>, scale: f64, causal: bool) -> [Tensor<4>; 3] {
+    let (dtype, keys) = (q.dtype(), k.dims()[2]);
+    let (k, v) = (pad(k), pad(v));
+    let mut gradients = [const { vec![] }; 3];
+    for parts in parts(bytes, q.dims(), keys, causal) {
+        // Sums over the parts are rounded once.
+        let of_sums = if parts.len() == 1 { dtype } else { DType::F32 };
+        let mut of_q = vec![];
+        let mut sums: [Option<Tensor<4>>; 2] = [None, None];
+        for part in parts {
+            let (queries, upstream, keys) = (part.queries_of(q), part.queries_of(upstream), part.keys_of(&k));
+            let scores = times(queries.clone(), turned(keys.clone()), DType::F32);
+            let of_weights = times(upstream.clone(), turned(part.keys_of(&v)), DType::F32);
+            let [weights, of_scores] = softmax_slopes(&scores, &of_weights, &part, scale, causal, dtype);
+            of_q.push(times(of_scores.clone(), keys, dtype));
+            let of_keys = [times(turned(of_scores), queries, of_sums), times(turned(weights), upstream, of_sums)];
+            for (sum, part) in sums.iter_mut().zip(of_keys) {
+                *sum = Some(match sum.take() {
+                    Some(sum) => added(sum, part),
+                    None => part,
+                });
+            }
+        }
+        gradients[0].push(joined(of_q, 2));
+        for (gradients, sum) in gradients[1..].iter_mut().zip(sums) {
+            gradients.extend(sum.map(|sum| sum.narrow(2, 0, keys)));
+        }
+    }
+    gradients.map(|parts| joined(parts, 1))
+}
+
+/// Sums over queries, of which later parts see more keys.
+fn added(sum: Tensor<4>, part: Tensor<4>) -> Tensor<4> {
+    let ([batch, heads, first, width], [_, _, keys, _]) = (sum.dims(), part.dims());
+    if keys == first {
+        return sum + part;
+    }
+    let zeros = Tensor::zeros([batch, heads, keys - first, width], (&sum.device(), sum.dtype()));
+    Tensor::cat(vec![sum, zeros], 2) + part
+}
+
+/// A product of tensors of one dtype, by the kernels or by burn.
+fn times(left: Tensor<4>, right: Tensor<4>, dtype: DType) -> Tensor<4> {
+    match product(left.clone(), right.clone(), dtype) {
+        Some(product) => product,
+        None => left.cast(dtype).matmul(right.cast(dtype)),
+    }
+}
+
+/// Weights, and the slopes of the scores, from the scores and the slopes of the weights.
+fn softmax_slopes(
+    scores: &Tensor<4>,
+    of_weights: &Tensor<4>,
+    part: &Part,
+    scale: f64,
+    causal: bool,
+    dtype: DType,
+) -> [Tensor<4>; 2] {
+    let [batch, heads, queries, padded] = scores.dims();
+    let of = |tensor| contiguous(tensor).unwrap_or_else(|| unreachable!("a product on the device"));
+    let (scores, of_weights) = (of(scores), of(of_weights));
+    let outputs = [(); 2].map(|()| empty_like(&scores, [batch, heads, queries, padded], dtype));
+    let (rows, across) = ((batch * heads * queries) as u32, 1 << 15);
+    slopes_kernel::launch(
+        &scores.client.clone(),
+        CubeCount::Static(rows.min(across), rows.div_ceil(across), 1),
+        CubeDim::new_1d(UNITS as u32),
+        scores.into_tensor_arg(),
+        of_weights.into_tensor_arg(),
+        outputs[0].clone().into_tensor_arg(),
+        outputs[1].clone().into_tensor_arg(),
+        rows as usize,
+        padded,
+        part.keys,
+        queries,
+        scale as f32,
+        causal,
+        UNITS,
+        element(dtype).unwrap_or_else(|| unreachable!("the forward kernel took it")),
+    );
+    outputs.map(tensor)
+}
+
+#[cube(launch)]
+fn slopes_kernel<F: Float>(
+    scores: &Buffer<f32>,
+    of_weights: &Buffer<f32>,
+    weights: &mut Buffer<F>,
+    of_scores: &mut Buffer<F>,
+    rows: usize,
+    padded: usize,
+    keys: usize,
+    queries: usize,
+    scale: f32,
+    #[comptime] causal: bool,
+    #[comptime] units: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let row = CUBE_POS;
+    if row >= rows {
+        terminate!();
+    }
+    let unit = UNIT_POS as usize;
+    let visible = visible_keys(row, keys, queries, causal);
+    let start = row * padded;
+    let mut shared = Shared::<[f32]>::new_slice(units);
+    let (largest, share) = row_softmax(scores, start, visible, scale, &mut shared, units);
+    let mut sum = f32::new(0.0);
+    let mut column = unit;
+    while column < visible {
+        sum += (scores[start + column] * scale - largest).exp() * share * of_weights[start + column];
+        column += units;
+    }
+    let average = cube_sum(sum, &mut shared, units);
+    let mut column = unit;
+    while column < padded {
+        let mut weight = f32::new(0.0);
+        let mut slope = f32::new(0.0);
+        if column < visible {
+            weight = (scores[start + column] * scale - largest).exp() * share;
+            slope = weight * (of_weights[start + column] - average) * scale;
+        }
+        weights[start + column] = F::cast_from(weight);
+        of_scores[start + column] = F::cast_from(slope);
+        column += units;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::activation::softmax;
+
+    use super::{super::tests::check, *};
+    use crate::{
+        graph::tests::values,
+        testing::{assert_close_tensors, cpu, device, input},
+    };
+
+    fn formula([q, k, v]: [Tensor<4>; 3], scale: f64, causal: bool) -> Tensor<4> {
+        let ([.., queries, _], [_, _, keys, _]) = (q.dims(), k.dims());
+        let mut scores = q.matmul(turned(k)) * scale;
+        if causal {
+            let hidden = |at: usize| f32::from(u8::from(at % keys > keys - queries + at / keys)) * -1e9;
+            let mask: Vec<f32> = (0..queries * keys).map(hidden).collect();
+            let mask = Tensor::<1>::from_floats(mask.as_slice(), &scores.device()).reshape([1, 1, queries, keys]);
+            scores = scores + mask;
+        }
+        softmax(scores, 3).matmul(v)
+    }
+
+    #[test]
+    fn gradients_of_attention() {
+        for [batch, heads, queries, keys, width] in
+            [[1, 1, 1, 1, 8], [2, 3, 5, 7, 6], [1, 2, 13, 67, 16], [1, 1, 150, 150, 32]]
+        {
+            for causal in [false, true] {
+                let split = |[q, k, v]: [Tensor<3>; 3]| -> [Tensor<4>; 3] {
+                    [(q * 2.0, queries), (k * 2.0, keys), (v, keys)]
+                        .map(|(x, tokens)| x.reshape([batch, heads, tokens, width]))
+                };
+                check(
+                    [[batch, heads, queries * width], [batch, heads, keys * width], [batch, heads, keys * width]],
+                    |tensors| attention(split(tensors).each_ref(), 0.3, causal),
+                    |tensors| formula(split(tensors), 0.3, causal),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn in_however_many_parts_the_scores_are_made_the_gradients_are_the_same() {
+        const ROW: usize = 2 * 128 * size_of::<f32>();
+        if device() == cpu() {
+            return;
+        }
+        let [q, k, v] = [(65, 1), (70, 2), (70, 3)].map(|(tokens, seed)| input([2, 3, tokens, 8], seed));
+        let upstream = input([2, 3, 65, 8], 4);
+        for causal in [false, true] {
+            let with = |rows: usize| slopes(rows * ROW, [&q, &k, &v], &upstream, 0.5, causal);
+            let whole = with(3 * 65);
+            assert!(values(whole[1].clone()).iter().any(|value| value.abs() > 1e-2));
+            for rows in [0, 3, 65] {
+                for (part, whole) in with(rows).iter().zip(&whole) {
+                    assert_close_tensors(part, whole, 1e-5);
+                }
+            }
+        }
+    }
+}
