@@ -98,7 +98,7 @@ pub const STAGES: [Stage; 15] = [
         run: editing_transformer,
         limits: Limits::of(1.0e-2, 1.1e-3, 8.7e-3, 1.8e-1),
     },
-    Stage { name: "autoencoder", run: autoencoder, limits: Limits::of(1.9e-2, 9.9e-3, 0.0, 0.0) },
+    Stage { name: "autoencoder", run: autoencoder, limits: Limits::of(1.9e-2, 2.1e-3, 0.0, 0.0) },
     Stage { name: "CLIP", run: clip, limits: Limits::of(8.4e-3, 1.0e-3, 0.0, 0.0) },
     Stage { name: "T5", run: t5, limits: Limits::of(1.0e-2, 1.0e-3, 0.0, 0.0) },
     Stage {

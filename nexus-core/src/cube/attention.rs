@@ -5,16 +5,22 @@
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{
     cubecl::{
-        self,
+        self, calculate_cube_count_elemwise,
         ir::ElemType,
         prelude::{Tensor as Buffer, *},
     },
+    kernel::into_contiguous,
     tensor::CubeTensor,
 };
 
-use super::{cube, element, empty_like, matmul::product, norm::cube_sum, tensor};
+use super::{
+    cube, element, empty_like,
+    matmul::product,
+    norm::{cube_max, cube_sum},
+    tensor,
+};
 #[cfg(feature = "train")]
-use crate::graph::is_autodiff;
+use crate::{graph::is_autodiff, nn::repeat_heads};
 
 /// Bytes of scores at once.
 const SCORE_BYTES: usize = 1 << 30;
@@ -23,13 +29,13 @@ const KEYS: usize = 64;
 /// Units that share a row of scores.
 pub(super) const UNITS: usize = 256;
 /// Below any score, and finite: WGSL has no infinity.
-const LOWEST: f32 = -3.0e38;
+pub(super) const LOWEST: f32 = -3.0e38;
 
 /// Mixes values by the softmax of the scores; `None` if the tensors are not for these kernels.
 ///
 /// # Shapes
 /// - `q`: `[batch, heads, queries, width]`
-/// - `k`, `v`: `[batch, heads, keys, width]`
+/// - `k`, `v`: `[batch, kv_heads, keys, width]`
 /// - `bias`: `[1, heads, queries, keys]`
 pub(crate) fn attention(
     q: &Tensor<4>,
@@ -43,7 +49,11 @@ pub(crate) fn attention(
     if [q, k, v].into_iter().any(is_autodiff) {
         return match bias {
             Some(_) => None,
-            None => super::tracked::attention([q, k, v], scale, causal),
+            None => {
+                let [_, heads, ..] = q.dims();
+                let [k, v] = [k, v].map(|x| repeat_heads(x.clone(), heads));
+                super::tracked::attention([q, &k, &v], scale, causal)
+            }
         };
     }
     in_parts(score_bytes(&cube(q)?), [q, k, v], bias, scale, causal)
@@ -63,8 +73,8 @@ fn in_parts(
     scale: f64,
     causal: bool,
 ) -> Option<Tensor<4>> {
-    let keys = k.dims()[2];
-    let (k, v) = (pad(k), pad(v));
+    let ([_, heads, ..], keys) = (q.dims(), k.dims()[2]);
+    let (k, v) = (pad(k, heads)?, pad(v, heads)?);
     let mut mixed = vec![];
     for parts in parts(bytes, q.dims(), keys, causal) {
         let mut rows = vec![];
@@ -133,15 +143,71 @@ pub(super) fn joined(mut tensors: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
     if tensors.len() == 1 { tensors.remove(0) } else { Tensor::cat(tensors, dim) }
 }
 
-/// Zeros after the last key, up to a multiple of [`KEYS`].
-pub(super) fn pad(x: &Tensor<4>) -> Tensor<4> {
-    let [batch, heads, keys, width] = x.dims();
-    let missing = keys.next_multiple_of(KEYS) - keys;
-    if missing == 0 {
-        return x.clone();
+/// Keys or values for so many heads, each of which serves neighbouring ones, with zeros up to a multiple of [`KEYS`].
+pub(super) fn pad(x: &Tensor<4>, heads: usize) -> Option<Tensor<4>> {
+    let [batch, found_heads, keys, width] = x.dims();
+    let padded = keys.next_multiple_of(KEYS);
+    if [found_heads, keys] == [heads, padded] {
+        return Some(x.clone());
     }
-    let zeros = Tensor::zeros([batch, heads, missing, width], (&x.device(), x.dtype()));
-    Tensor::cat(vec![x.clone(), zeros], 2)
+    let (dtype, x) = (element(x.dtype())?, cube(x)?);
+    let vector = [4, 2, 1].into_iter().find(|&size| in_vectors(&x, size));
+    let (x, vector) = match vector {
+        Some(vector) => (x, vector),
+        None => (into_contiguous(x), 1),
+    };
+    let (client, output) = (x.client.clone(), empty_like(&x, [batch, heads, padded, width], x.dtype));
+    let total = batch * heads * padded * width / vector;
+    let cube_dim = CubeDim::new(&client, total);
+    pad_kernel::launch(
+        &client,
+        calculate_cube_count_elemwise(&client, total, cube_dim),
+        cube_dim,
+        vector,
+        x.into_tensor_arg(),
+        output.clone().into_tensor_arg(),
+        total,
+        width / vector,
+        padded,
+        keys,
+        heads,
+        heads / found_heads,
+        vector,
+        dtype,
+    );
+    Some(tensor(output))
+}
+
+/// Whether every row along the last dimension can be read so many values at a time.
+pub(super) fn in_vectors(x: &CubeTensor, size: usize) -> bool {
+    let (shape, strides) = (x.meta.shape(), x.meta.strides());
+    strides[3] == 1 && shape[3].is_multiple_of(size) && (0..3).all(|dim| strides[dim].is_multiple_of(size))
+}
+
+#[cube(launch)]
+fn pad_kernel<F: Float, N: Size>(
+    x: &Buffer<Vector<F, N>>,
+    output: &mut Buffer<Vector<F, N>>,
+    total: usize,
+    width: usize,
+    padded: usize,
+    keys: usize,
+    heads: usize,
+    group: usize,
+    #[comptime] vector: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS >= total {
+        terminate!();
+    }
+    let key = ABSOLUTE_POS / width % padded;
+    let head = ABSOLUTE_POS / width / padded;
+    let mut value = Vector::<F, N>::new(F::new(0.0));
+    if key < keys {
+        let at = head / heads * x.stride(0) + head % heads / group * x.stride(1) + key * x.stride(2);
+        value = x[at / vector + ABSOLUTE_POS % width];
+    }
+    output[ABSOLUTE_POS] = value;
 }
 
 /// Softmax of the first `keys` columns of `scale * scores + bias`, those that a query may see; zeros after them.
@@ -238,17 +304,7 @@ pub(super) fn row_softmax(
         largest = max(largest, scores[start + column] * scale);
         column += units;
     }
-    shared[unit] = largest;
-    sync_cube();
-    let mut half = units.runtime() / 2;
-    while half > 0 {
-        if unit < half {
-            shared[unit] = max(shared[unit], shared[unit + half]);
-        }
-        half /= 2;
-        sync_cube();
-    }
-    let largest = shared[0];
+    let largest = cube_max(largest, shared, units);
     let mut sum = f32::new(0.0);
     let mut column = unit;
     while column < visible {

@@ -16,6 +16,7 @@ mod group_norm;
 mod matmul;
 mod norm;
 mod rotary;
+mod row_attention;
 mod rows;
 #[cfg(feature = "train")]
 mod tracked;
@@ -41,6 +42,7 @@ pub(crate) use group_norm::group_norm;
 pub(crate) use matmul::{linear, matmul};
 pub(crate) use norm::{Norm, normalize};
 pub(crate) use rotary::rotate;
+pub(crate) use row_attention::row_attention;
 #[cfg(feature = "train")]
 pub(crate) use tracked::split;
 

@@ -180,3 +180,21 @@ pub(super) fn cube_sum(value: f32, shared: &mut Shared<[f32]>, #[comptime] units
     }
     shared[0]
 }
+
+/// The largest of what the units of a cube have, for each of them.
+#[cube]
+pub(super) fn cube_max(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: usize) -> f32 {
+    let unit = UNIT_POS as usize;
+    sync_cube();
+    shared[unit] = value;
+    sync_cube();
+    let mut half = units.runtime() / 2;
+    while half > 0 {
+        if unit < half {
+            shared[unit] = max(shared[unit], shared[unit + half]);
+        }
+        half /= 2;
+        sync_cube();
+    }
+    shared[0]
+}

@@ -44,15 +44,23 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_
     if let Some(mixed) = crate::kernels::attention(&q, &k, &v, &options) {
         return mixed;
     }
+    #[cfg(feature = "cube")]
+    if let (None, Visibility::All | Visibility::Causal) = (&options.bias, options.visibility) {
+        let scale = options.scale.unwrap_or(1.0 / (q.dims()[3] as f64).sqrt());
+        let causal = options.visibility == Visibility::Causal;
+        if let Some(mixed) = crate::cube::row_attention(&q, &k, &v, scale, causal) {
+            return mixed;
+        }
+    }
     plain(q, k, v, options)
 }
 
 /// [`attention`] by a kernel for GPUs or burn's own, on repeated heads.
 pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
     let [batch, queries, heads, head_dim] = q.dims();
-    let k = repeat_heads(k, heads).swap_dims(1, 2);
-    let v = repeat_heads(v, heads).swap_dims(1, 2);
-    let q = q.swap_dims(1, 2);
+    let [_, _, kv_heads, _] = k.dims();
+    assert!(heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
+    let [q, k, v] = [q, k, v].map(|x| x.swap_dims(1, 2));
     let run = |q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, is_causal: bool| {
         #[cfg(feature = "cube")]
         {
@@ -61,6 +69,7 @@ pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention
                 return mixed;
             }
         }
+        let [k, v] = [k, v].map(|x| repeat_heads(x, heads));
         if q.dtype() != DType::F32 {
             return with_softmax_in_f32([q, k, v], &options, is_causal);
         }
@@ -147,16 +156,15 @@ fn segments_as_batch(x: Tensor<4>, count: usize) -> Tensor<4> {
     x.reshape([batch, heads, count, length, head_dim]).swap_dims(1, 2).reshape([batch * count, heads, length, head_dim])
 }
 
-fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
-    let [batch, tokens, kv_heads, head_dim] = x.dims();
-    assert!(heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
+/// Keys or values of heads of their own, `[batch, kv_heads, keys, head_dim]` to `[batch, heads, keys, head_dim]`.
+pub(crate) fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
+    let [batch, kv_heads, keys, head_dim] = x.dims();
     if kv_heads == heads {
         return x;
     }
-    let groups = heads / kv_heads;
-    x.unsqueeze_dim::<5>(3)
-        .expand([batch, tokens, kv_heads, groups, head_dim])
-        .reshape([batch, tokens, heads, head_dim])
+    x.unsqueeze_dim::<5>(2)
+        .expand([batch, kv_heads, heads / kv_heads, keys, head_dim])
+        .reshape([batch, heads, keys, head_dim])
 }
 
 #[cfg(test)]

@@ -39,7 +39,9 @@ pub(crate) use activation::Function;
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
 #[cfg(all(test, feature = "flex", feature = "train"))]
 pub(crate) use attention::plain as plain_attention;
-#[cfg(all(test, feature = "flex"))]
+#[cfg(all(feature = "cube", feature = "train"))]
+pub(crate) use attention::repeat_heads;
+#[cfg(all(test, any(feature = "flex", feature = "cube")))]
 pub(crate) use attention::tests::naive as naive_attention;
 pub use attention::{Attention, Visibility, attention};
 pub use conv::{Conv2d, Conv2dConfig, upsample_conv, upsample_nearest_2x};

@@ -47,7 +47,8 @@ pub(in super::super) fn attention(tensors: [&Tensor<4>; 3], scale: f64, causal: 
 /// Gradients of q, k and v.
 fn slopes(bytes: usize, [q, k, v]: [&Tensor<4>; 3], upstream: &Tensor<4>, scale: f64, causal: bool) -> [Tensor<4>; 3] {
     let (dtype, keys) = (q.dtype(), k.dims()[2]);
-    let (k, v) = (pad(k), pad(v));
+    let padded = |x| pad(x, q.dims()[1]).unwrap_or_else(|| unreachable!("the forward kernel took it"));
+    let (k, v) = (padded(k), padded(v));
     let mut gradients = [const { vec![] }; 3];
     for parts in parts(bytes, q.dims(), keys, causal) {
         // Sums over the parts are rounded once.
