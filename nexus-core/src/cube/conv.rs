@@ -94,6 +94,7 @@ impl Patches {
     }
 
     /// Of the convolution that gives a picture of these sides its gradient from that of the result.
+    #[cfg(feature = "train")]
     pub(super) fn back(self, sides: [usize; 2]) -> Self {
         let Self { kernel, stride, before, .. } = self;
         Self { kernel, stride: 1, spread: stride, before: kernel - 1 - before, places: sides }
