@@ -11,7 +11,7 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
-use super::{contiguous, cube, downcast, tensor};
+use super::{contiguous, cube, downcast, rows::vector, tensor};
 use crate::train::AdamWStep;
 
 /// Whether tensors of f32 are for this kernel.
@@ -35,7 +35,7 @@ pub(crate) fn adamw(
     let [first, second] = moments.unwrap_or_else(|| [zeros(), zeros()]);
     let [value, first, second] = [value, first, second].map(unshared);
     let gradient = contiguous(gradient).expect("a gradient on the GPU");
-    let vector = [4, 2, 1].into_iter().find(|&size| count.is_multiple_of(size)).unwrap_or(1);
+    let vector = vector(count);
     let (client, total) = (value.client.clone(), count / vector);
     let cube_dim = CubeDim::new(&client, total);
     step_kernel::launch(

@@ -14,7 +14,7 @@ use burn_cubecl::{
 };
 
 use super::{
-    cube, element, empty_like,
+    cube, element, empty_like, joined,
     matmul::product,
     norm::{cube_max, cube_sum},
     tensor,
@@ -137,10 +137,6 @@ fn at_once(rows: usize, heads: usize, queries: usize) -> (usize, usize) {
 /// Starts and lengths of ranges of at most `len`.
 fn ranges(total: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..total).step_by(len).map(move |start| (start, len.min(total - start)))
-}
-
-pub(super) fn joined(mut tensors: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
-    if tensors.len() == 1 { tensors.remove(0) } else { Tensor::cat(tensors, dim) }
 }
 
 /// Keys or values for so many heads, each of which serves neighbouring ones, with zeros up to a multiple of [`KEYS`].

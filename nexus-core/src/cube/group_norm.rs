@@ -10,7 +10,7 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
-use super::{contiguous, element, elementwise::activated, empty_like, norm::cube_sum, tensor};
+use super::{contiguous, element, elementwise::activated, empty_like, norm::cube_sum, rows::vector, tensor};
 use crate::nn::Function;
 
 /// Values that the units of a cube add up together.
@@ -76,11 +76,6 @@ fn run(
         dtypes,
     );
     Some(tensor(output))
-}
-
-/// Values that can be read at once where rows are so long.
-fn vector(len: usize) -> usize {
-    [4, 2].into_iter().find(|&size| len.is_multiple_of(size)).unwrap_or(1)
 }
 
 /// The sum of each group's values, or of the squares of their distances from its mean, in f32.

@@ -70,6 +70,11 @@ fn tensor<const D: usize>(x: CubeTensor) -> Tensor<D> {
     Tensor::from_primitive::<Cube>(downcast(x).expect("a tensor that came from this backend"))
 }
 
+/// Parts of a tensor one behind the other; a single one as it is.
+fn joined(mut parts: Vec<Tensor<4>>, dim: usize) -> Tensor<4> {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, dim) }
+}
+
 /// Room for values in row-major order on the device of another tensor.
 fn empty_like(x: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
     empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), shape.into(), dtype)

@@ -5,6 +5,11 @@ use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
 /// Values that one unit reads at once, at most.
 const MOST_VALUES: usize = 4;
 
+/// Values that can be read at once where rows of such a length lie one behind the other.
+pub(super) fn vector(len: usize) -> usize {
+    [MOST_VALUES, 2].into_iter().find(|&size| len.is_multiple_of(size)).unwrap_or(1)
+}
+
 /// Rows of which `inner` neighbours lie `inner_stride` apart, and groups of them `outer_stride`, in values.
 pub(super) struct Rows {
     pub tensor: CubeTensor,

@@ -14,8 +14,8 @@ use burn_cubecl::cubecl::{
 
 use super::{
     super::{
-        attention::{Part, UNITS, attention as plain, joined, pad, parts, row_softmax, score_bytes, visible_keys},
-        contiguous, cube, element, empty_like,
+        attention::{Part, UNITS, attention as plain, pad, parts, row_softmax, score_bytes, visible_keys},
+        contiguous, cube, element, empty_like, joined,
         matmul::product,
         norm::cube_sum,
         tensor,

@@ -7,8 +7,10 @@ use burn::tensor::{DType, Tensor};
 
 use super::{
     super::{
+        contiguous,
         conv::{self, Patches},
         matmul::product,
+        tensor,
     },
     Operand, gradient,
     matmul::turned,
@@ -58,6 +60,8 @@ pub(in super::super) fn conv2d(
 /// `[outputs, inputs * kernel * kernel]`, in f32.
 fn weight_slopes(patches: Patches, x: &Tensor<4>, upstream: &Tensor<4>) -> Option<Tensor<2>> {
     let [batch, outputs, _, width] = upstream.dims();
+    // Copied here if it has to be, and not for every part.
+    let x = &tensor(contiguous(x)?);
     let mut sum: Option<Tensor<2>> = None;
     for sample in 0..batch {
         for (row, rows) in patches.parts(x)? {
