@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use nexus::core::checkpoint::{Checkpoint, Manifest};
+use nexus::checkpoint::{Checkpoint, Manifest};
 
 /// Shows the stages of a checkpoint with sizes and dtypes, checks it, and hashes it.
 #[derive(Parser)]
@@ -86,7 +86,7 @@ fn write_manifest(stage: &str, checkpoint: &Checkpoint, dir: &Path) -> Result<Ve
     Ok(bad.map(|tensor| tensor.name.clone()).collect())
 }
 
-fn bar(stage: &str) -> impl FnMut(nexus::core::checkpoint::ManifestProgress) {
+fn bar(stage: &str) -> impl FnMut(nexus::checkpoint::ManifestProgress) {
     let bar = ProgressBar::no_length().with_message(stage.to_string());
     if let Ok(style) = ProgressStyle::with_template("hashing {msg} {wide_bar} {bytes}/{total_bytes}, {eta} left") {
         bar.set_style(style);

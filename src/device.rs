@@ -7,7 +7,8 @@ use std::{
 };
 
 use burn::tensor::{DType, Device, DeviceType, FloatDType, Tensor};
-use nexus_core::{checkpoint::LoadDType, failure_reason};
+use nexus_checkpoint::LoadDType;
+use nexus_core::failure_reason;
 use serde::{Deserialize, Serialize};
 
 /// Names of the backends and how burn calls them, in the order of preference for messages.

@@ -25,7 +25,7 @@ pub enum Error {
     Diffusion(#[from] nexus_diffusion::DiffusionError),
     /// A checkpoint cannot be read.
     #[error(transparent)]
-    Checkpoint(#[from] nexus_core::checkpoint::CheckpointError),
+    Checkpoint(#[from] nexus_checkpoint::CheckpointError),
     /// A configuration file cannot be used.
     #[error(transparent)]
     Config(#[from] nexus_core::config::ConfigError),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nexus_core::checkpoint::Checkpoint;
+use nexus_checkpoint::Checkpoint;
 
 use crate::Error;
 

@@ -78,7 +78,8 @@ pub use error::Error;
 pub use files::ModelFiles;
 pub use nexus::{Loader, Nexus};
 pub use nexus_ar::{GenerationConfig, ImagePass, PositionsAfterImage, SamplingOptions};
-pub use nexus_core::{GridThw, ImageEmbeds, nn::Quantization};
+pub use nexus_checkpoint::Quantization;
+pub use nexus_core::{GridThw, ImageEmbeds};
 pub use nexus_data::{Image, ImageLimits, Language, Message, Part, Role};
 pub use nexus_diffusion::Noise;
 pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, TextOptions};
@@ -88,6 +89,7 @@ pub use session::{Images, Session};
 pub use stages::Residency;
 
 pub use nexus_ar as ar;
+pub use nexus_checkpoint as checkpoint;
 pub use nexus_core as core;
 pub use nexus_data as data;
 pub use nexus_diffusion as diffusion;

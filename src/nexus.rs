@@ -8,11 +8,10 @@ use std::{
 
 use burn::tensor::{Device, FloatDType};
 use nexus_ar::{ArConfig, GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
+use nexus_checkpoint::{LoadDType, LoadOptions, Quantization};
 use nexus_core::{
     ImageEmbeds,
-    checkpoint::{LoadDType, LoadOptions},
     config::{ConfigError, read_json},
-    nn::Quantization,
 };
 use nexus_data::{Image, Message, ModelInput, Processor};
 use nexus_diffusion::LatentSize;

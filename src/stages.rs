@@ -7,11 +7,8 @@ use burn::{
     tensor::{DType, Device, FloatDType, Tensor},
 };
 use nexus_ar::{ArConfig, ArModel};
-use nexus_core::{
-    ImageEmbeds, check_arrived,
-    checkpoint::{Checkpoint, LoadOptions, check_module},
-    failure_reason,
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions, check_module};
+use nexus_core::{ImageEmbeds, check_arrived, failure_reason};
 use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,

@@ -8,8 +8,11 @@ use nexus::ar::{
     ArConfig, ArModel, FinishReason, GenerateEvent, GenerateOptions, Generation, ImagePass, PositionsAfterImage,
     Prompt, Sampler, SamplingOptions, TokenIds, generate, position_ids,
 };
-use nexus::core::{GridThw, ImageEmbeds, checkpoint::Checkpoint};
 use nexus::vision_encoder::{VisionConfig, VisionEncoder};
+use nexus::{
+    checkpoint::Checkpoint,
+    core::{GridThw, ImageEmbeds},
+};
 use nexus_core::testing::{
     Fixture, assert_close, assert_close_tensors, device, fixtures_dir, load_options, ramp, random_models_dir,
     relative_drift, tolerance,

@@ -10,10 +10,8 @@ use burn::tensor::TensorData;
 use nexus::{
     DrawOptions, DrawWith, EditOptions, Error, GenerateOptions, Image, Nexus, Noise, SamplingOptions, TextOptions,
     ar::ArError,
-    core::{
-        checkpoint::{Checkpoint, CheckpointError, write_safetensors},
-        config::ConfigError,
-    },
+    checkpoint::{Checkpoint, CheckpointError, write_safetensors},
+    core::config::ConfigError,
     data::DataError,
     diffusion::DiffusionError,
 };

@@ -9,7 +9,8 @@ use std::{
 use burn::{module::Param, tensor::Tensor};
 use nexus::{
     DrawOptions, DrawWith, Error, FloatDType, Image, ImageEmbeds, Nexus, Noise, Picture, Progress, Stage,
-    core::{OutOfMemory, check_arrived, checkpoint::LoadDType, failure_reason, nn::Linear},
+    checkpoint::LoadDType,
+    core::{OutOfMemory, check_arrived, failure_reason, nn::Linear},
 };
 use nexus_core::testing::{cpu, device, random_models_dir};
 

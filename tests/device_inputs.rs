@@ -4,10 +4,8 @@
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use nexus::{
     DrawOptions, DrawWith, GridThw, Image, ImageEmbeds, Nexus, Noise,
-    core::{
-        EmbedsError,
-        checkpoint::{LoadDType, write_safetensors},
-    },
+    checkpoint::{LoadDType, write_safetensors},
+    core::EmbedsError,
 };
 use nexus_core::testing::{cpu, device, ramp, random_models_dir};
 

@@ -1,35 +1,92 @@
-//! The plan of the house, kept: arrows between the crates, and one line in ARCHITECTURE.md for every source file.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
+//! The plan of the house, kept: arrows between the crates, what they must not name, and a first line for every source file.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test may panic")]
 
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
-const STAGES: [&str; 4] = ["nexus-data", "nexus-vision-encoder", "nexus-ar", "nexus-diffusion"];
+use serde::Deserialize;
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+/// What crates may know of each other: every crate those before it, but no stage another one.
+const ORDER: [&[&str]; 6] = [
+    &["nexus-kernels", "nexus-checkpoint"],
+    &["nexus-core"],
+    &["nexus-data", "nexus-vision-encoder", "nexus-ar", "nexus-diffusion"],
+    &["nexus"],
+    &["nexus-train"],
+    &["nexus-cli"],
+];
+
+/// Prefix of the crates that are ours alone.
+const LAB: &str = "lab-";
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
 }
 
-/// Our own crates among the `[dependencies]` of a manifest.
-fn own_dependencies(manifest: &Path) -> BTreeSet<String> {
-    let text = fs::read_to_string(manifest).unwrap();
-    let section = text.split("\n[").find(|section| section.starts_with("dependencies]")).unwrap();
-    let names = section.lines().filter_map(|line| line.split(['.', ' ', '=']).next());
-    names.filter(|name| name.starts_with("nexus-")).map(str::to_string).collect()
+/// A member of the workspace, as `cargo metadata` describes it.
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    manifest_path: PathBuf,
+    /// Registries that it may be published to; `None` for all, none for a crate that is not published.
+    publish: Option<Vec<String>>,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    /// `None` for what the library itself needs.
+    kind: Option<String>,
+}
+
+impl Package {
+    fn dir(&self) -> &Path {
+        self.manifest_path.parent().unwrap()
+    }
+
+    fn is_published(&self) -> bool {
+        self.publish.as_ref().is_none_or(|registries| !registries.is_empty())
+    }
+}
+
+fn packages() -> Vec<Package> {
+    let arguments = ["metadata", "--format-version", "1", "--no-deps", "--offline"];
+    let output = Command::new(env!("CARGO")).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice::<Metadata>(&output.stdout).unwrap().packages
 }
 
 #[test]
-fn arrows_between_the_crates_form_a_star() {
-    let core = BTreeSet::from(["nexus-core".to_string()]);
-    assert_eq!(own_dependencies(&root().join("nexus-core/Cargo.toml")), BTreeSet::new());
-    for stage in STAGES {
-        assert_eq!(own_dependencies(&root().join(stage).join("Cargo.toml")), core, "{stage} may know nexus-core alone");
+fn arrows_between_the_crates_point_one_way() {
+    let packages = packages();
+    let own: BTreeSet<&str> = packages.iter().map(|package| package.name.as_str()).collect();
+    for package in packages.iter().filter(|package| package.is_published()) {
+        let name = package.name.as_str();
+        let level = ORDER.iter().position(|level| level.contains(&name));
+        let level = level.unwrap_or_else(|| panic!("{name} has no place in the order of the crates"));
+        let before: BTreeSet<&str> = ORDER[..level].iter().flat_map(|level| level.iter().copied()).collect();
+        let needed = package.dependencies.iter().filter(|dependency| dependency.kind.is_none());
+        for dependency in needed.map(|dependency| dependency.name.as_str()).filter(|name| own.contains(name)) {
+            assert!(before.contains(dependency), "{name} must not know {dependency}");
+        }
     }
-    let all = STAGES.iter().chain(&["nexus-core"]).map(ToString::to_string).collect();
-    assert_eq!(own_dependencies(&root().join("Cargo.toml")), all, "the facade knows all");
+}
+
+#[test]
+fn nothing_depends_on_the_lab() {
+    for package in packages() {
+        let name = &package.name;
+        assert_eq!(name.starts_with(LAB), !package.is_published(), "{name}: the lab, and it alone, is not published");
+        for dependency in package.dependencies.iter().filter(|_| package.is_published()) {
+            assert!(!dependency.name.starts_with(LAB), "{name} must not know {}", dependency.name);
+        }
+    }
 }
 
 fn rust_files(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -44,47 +101,36 @@ fn rust_files(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-fn all_rust_files() -> Vec<PathBuf> {
-    let crates = STAGES.iter().chain(&["nexus-core", "."]);
+fn rust_files_of(packages: &[Package]) -> Vec<PathBuf> {
     let mut found = vec![];
-    for dir in crates.flat_map(|name| ["src", "tests", "examples", "benches"].map(|part| root().join(name).join(part)))
-    {
-        rust_files(&dir, &mut found);
+    for package in packages {
+        for part in ["src", "tests", "examples", "benches"] {
+            rust_files(&package.dir().join(part), &mut found);
+        }
     }
-    assert!(found.len() > 50, "only {} source files were found", found.len());
     found
 }
 
 #[test]
 fn every_source_file_says_what_it_is_for() {
-    for path in all_rust_files() {
+    let files = rust_files_of(&packages());
+    assert!(files.len() > 50, "only {} source files were found", files.len());
+    for path in files {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("//! "), "{} must open with a `//!` line", path.display());
     }
 }
 
 #[test]
-fn every_source_file_has_a_line_in_the_architecture() {
-    let architecture = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    let named: BTreeSet<&str> = architecture.split('`').skip(1).step_by(2).collect();
-    for path in all_rust_files() {
-        let relative = path.strip_prefix(root()).unwrap().to_string_lossy().replace("./", "");
-        assert!(named.contains(relative.as_str()), "ARCHITECTURE.md has no line for `{relative}`");
-    }
-    for name in named.iter().filter(|name| name.ends_with(".rs")) {
-        assert!(root().join(name).is_file(), "ARCHITECTURE.md names `{name}`, which is not there");
-    }
-}
-
-#[test]
-fn only_the_facade_names_backends() {
-    for crate_name in STAGES.iter().chain(&["nexus-core"]) {
-        let text = fs::read_to_string(root().join(crate_name).join("Cargo.toml")).unwrap();
+fn no_crate_below_the_facade_names_backends() {
+    let below = ORDER[..3].concat();
+    for package in packages().iter().filter(|package| below.contains(&package.name.as_str())) {
+        let (name, text) = (package.name.as_str(), fs::read_to_string(&package.manifest_path).unwrap());
         let shipped = text.split("[dev-dependencies]").next().unwrap();
         // The CPU kernels of nexus-core need the flex backend, by a feature that the facade forwards.
-        let flex = if *crate_name == "nexus-core" { None } else { Some("flex") };
+        let flex = if name == "nexus-core" { None } else { Some("flex") };
         for backend in ["wgpu", "vulkan", "metal", "cuda", "rocm"].into_iter().chain(flex) {
-            assert!(!shipped.contains(backend), "{crate_name} names the backend {backend}");
+            assert!(!shipped.contains(backend), "{name} names the backend {backend}");
         }
     }
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test may panic")]
 
 use burn::tensor::Device;
-use nexus::{DeviceInfo, Error, FloatDType, GenerateOptions, Image, Nexus, core::checkpoint::LoadDType};
+use nexus::{DeviceInfo, Error, FloatDType, GenerateOptions, Image, Nexus, checkpoint::LoadDType};
 use nexus_core::testing::random_models_dir;
 
 #[test]

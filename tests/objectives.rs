@@ -10,9 +10,9 @@ use burn::{
 };
 use nexus::{
     ar::{ArConfig, ArModel, ArObjective, NAMES, TrainingBatch, TrainingSample},
+    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout},
     core::{
         GridThw, ImageEmbeds,
-        checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout},
         nn::Recomputation,
         train::{AdamWOptions, GradientSum, NamePattern, Optimizer, freeze},
     },
@@ -332,7 +332,7 @@ impl Flow {
         let decoder = Optimizer::new(options).step(decoder, names, sum, lr);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stepped.safetensors");
-        nexus::core::checkpoint::save_module(&decoder, names, &path, None).unwrap();
+        nexus::checkpoint::save_module(&decoder, names, &path, None).unwrap();
         let stepped = Checkpoint::open(&path).unwrap();
         for name in connector {
             let weights: Vec<f32> = stepped.data(name).unwrap().try_into_vec_as().unwrap();

@@ -4,7 +4,7 @@
 use md5::{Digest, Md5};
 use nexus::{
     ar::{ArConfig, ArModel},
-    core::checkpoint::module_layout,
+    checkpoint::module_layout,
     vision_encoder::{VisionConfig, VisionEncoder},
 };
 use nexus_core::testing::cpu;

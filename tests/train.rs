@@ -15,7 +15,7 @@ use std::{
 
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use nexus::{
-    core::checkpoint::{Checkpoint, LoadDType, LoadOptions},
+    checkpoint::{Checkpoint, LoadDType, LoadOptions},
     data::{MessagesFile, decoder_image},
     diffusion::{Autoencoder, config::AutoencoderConfig},
     train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved},
@@ -108,7 +108,7 @@ fn frozen_parameters_stay_and_others_move() {
     case.recipe["stages"].as_array_mut().unwrap().truncate(1);
     case.run("run").unwrap();
     let read = |path: &Path, name: &str| {
-        let data = nexus_core::checkpoint::Checkpoint::open(path).unwrap().data(name).unwrap();
+        let data = nexus_checkpoint::Checkpoint::open(path).unwrap().data(name).unwrap();
         data.try_to_vec_as::<f32>().unwrap()
     };
     let before = random_models_dir().join("FLUX/FLUX.1-dev/ae.safetensors");

@@ -6,7 +6,7 @@ use std::{fs, ops::ControlFlow, path::Path};
 
 use nexus::{
     Image, Message,
-    core::checkpoint::Checkpoint,
+    checkpoint::Checkpoint,
     data::MessagesFile,
     train::{Recipe, TrainEvent, TrainOutcome, train, unobserved},
 };

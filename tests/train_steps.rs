@@ -4,7 +4,7 @@
 
 mod train_case;
 
-use nexus::{Image, core::checkpoint::Checkpoint};
+use nexus::{Image, checkpoint::Checkpoint};
 use nexus_core::testing::random_models_dir;
 use serde_json::{Value, json};
 

@@ -15,7 +15,7 @@ use burn::tensor::{DType, TensorData};
 use clap::Parser;
 use nexus::{
     FloatDType, ModelFiles, Precision, Quantization,
-    core::checkpoint::{Checkpoint, LoadDType, Manifest, write_safetensors},
+    checkpoint::{Checkpoint, LoadDType, Manifest, write_safetensors},
 };
 use nexus_core::testing::{cpu, device, fixtures_dir, load_options, random_models_dir};
 use program::{

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nexus::{Precision, core::checkpoint::LoadDType};
+use nexus::{Precision, checkpoint::LoadDType};
 
 use crate::{
     models::Weights,

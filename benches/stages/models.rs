@@ -11,12 +11,10 @@ use half::bf16;
 use nexus::{
     Precision,
     ar::{ArConfig, ArModel, RopeScaling, TokenIds},
-    core::{
-        checkpoint::{
-            Checkpoint, CheckpointError, LoadDType, LoadOptions, WeightNames, load_module, module_layout, save_module,
-        },
-        nn::DecoderLayer,
+    checkpoint::{
+        Checkpoint, CheckpointError, LoadDType, LoadOptions, WeightNames, load_module, module_layout, save_module,
     },
+    core::nn::DecoderLayer,
     diffusion::{
         Autoencoder, GenerationDecoder,
         config::{AutoencoderConfig, DiffusionConfig, DitConfig, MergerConfig, MergerVisionConfig},

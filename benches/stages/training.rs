@@ -7,8 +7,8 @@ use burn::{
 use nexus::{
     GridThw, ImageEmbeds,
     ar::{self, ArModel, ArObjective, NUM_IMAGE_TOKENS, TrainingBatch, TrainingSample},
+    checkpoint::WeightNames,
     core::{
-        checkpoint::WeightNames,
         nn::Recomputation,
         train::{AdamWOptions, GradientSum, Optimizer},
     },

@@ -27,7 +27,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nexus::{
     Device, DrawOptions, DrawWith, FloatDType, GridThw, ImageEmbeds, ImagePass, Nexus, PositionsAfterImage,
     ar::{ArConfig, ArModel, ArObjective, GenerateOptions, NUM_IMAGE_TOKENS, Prompt, TrainingBatch, TrainingSample},
-    core::checkpoint::{Checkpoint, LoadOptions},
+    checkpoint::{Checkpoint, LoadOptions},
     data::{
         Message, ProcessOptions,
         world::{Sample, Split, Task, World, judge},

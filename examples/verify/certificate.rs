@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use nexus::{DeviceInfo, Quantization, core::checkpoint::LoadDType};
+use nexus::{DeviceInfo, Quantization, checkpoint::LoadDType};
 use nexus_core::testing::fixtures_dir;
 
 use super::{

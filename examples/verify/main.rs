@@ -18,7 +18,7 @@ use anyhow::{Result, ensure};
 use certificate::{Certificate, Results};
 use clap::{Parser, ValueEnum};
 use model::{ModelVerdict, check_model};
-use nexus::{DeviceInfo, FloatDType, Precision, Quantization, core::checkpoint::LoadDType};
+use nexus::{DeviceInfo, FloatDType, Precision, Quantization, checkpoint::LoadDType};
 use nexus_core::testing::{fixtures_dir, random_models_dir};
 use stages::{PICTURES, STAGES, Setting, Verdict, draw, verify, weights_in_memory};
 

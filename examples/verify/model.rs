@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context, Result, bail, ensure};
 use nexus::{
     ModelFiles,
-    core::checkpoint::{Checkpoint, Manifest},
+    checkpoint::{Checkpoint, Manifest},
 };
 use nexus_core::testing::fixtures_dir;
 

@@ -10,10 +10,7 @@ use burn::tensor::{DType, Tensor};
 use nexus::{
     Device, EditOptions, GenerateOptions, GridThw, Image, ImageEmbeds, ModelFiles, Nexus, Precision, Quantization,
     ar::{ArConfig, ArModel, KvCache},
-    core::{
-        checkpoint::{Checkpoint, LoadOptions},
-        nn::weight_bytes,
-    },
+    checkpoint::{Checkpoint, LoadOptions, weight_bytes},
     data::ImageProcessor,
     diffusion::{
         Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, LatentSize, T5Encoder,

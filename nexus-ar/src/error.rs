@@ -1,6 +1,7 @@
 //! What can go wrong in the autoregressive model.
 
-use nexus_core::{EmbedsError, checkpoint::CheckpointError, config::ConfigError};
+use nexus_checkpoint::CheckpointError;
+use nexus_core::{EmbedsError, config::ConfigError};
 
 /// Errors of this crate.
 #[derive(Debug, thiserror::Error)]

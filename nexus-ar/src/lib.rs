@@ -9,7 +9,7 @@
 //!
 //! use burn::tensor::Device;
 //! use nexus_ar::{ArConfig, ArModel, GenerateOptions, Prompt, generate};
-//! use nexus_core::checkpoint::{Checkpoint, LoadOptions};
+//! use nexus_checkpoint::{Checkpoint, LoadOptions};
 //!
 //! # fn main() -> Result<(), nexus_ar::ArError> {
 //! let device = Device::default();

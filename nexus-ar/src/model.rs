@@ -7,9 +7,9 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
 use nexus_core::{
     ImageEmbeds,
-    checkpoint::{Checkpoint, LoadOptions, load_module},
     nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, index_tensor, linear},
 };
 

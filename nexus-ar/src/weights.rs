@@ -1,6 +1,6 @@
 //! Names of the model's weights in `model-*.safetensors`, as data.
 
-use nexus_core::checkpoint::WeightNames;
+use nexus_checkpoint::WeightNames;
 
 /// Module paths -> names in the released checkpoint: the same.
 pub const NAMES: WeightNames = WeightNames {

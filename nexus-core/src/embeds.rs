@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, write_safetensors};
+use nexus_checkpoint::{Checkpoint, CheckpointError, write_safetensors};
 
 /// Side of one patch of the vision encoder, in pixels.
 pub const PATCH_SIZE_PX: usize = 14;

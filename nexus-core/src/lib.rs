@@ -1,12 +1,11 @@
-//! Shared words of the nexus crates: image embeddings, checkpoints, configuration files and neural-network blocks.
+//! Shared words of the nexus crates: image embeddings, configuration files and neural-network blocks.
 //!
-//! Data flow: files -> [`checkpoint::Checkpoint`] -> modules built from [`nn`] -> [`ImageEmbeds`], the one type that
+//! Data flow: files -> [`nexus_checkpoint::Checkpoint`] -> modules built from [`nn`] -> [`ImageEmbeds`], the one type that
 //! crosses every wall between the stages. Nothing here is a model, reads a prompt or an image file, prints, or uses
 //! the network.
 //!
 //! All tensors are burn tensors whose device and dtype the caller chooses; no backend is named here.
 
-pub mod checkpoint;
 pub mod config;
 #[cfg(feature = "cube")]
 mod cube;

@@ -11,9 +11,9 @@ use std::{
 
 use burn::tensor::{DType, Device, DeviceType, FloatDType, Int, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, LoadDType, LoadOptions};
 #[cfg(feature = "flex")]
 pub use crate::kernels::{Level as CpuLevel, limit_cpu};
+use nexus_checkpoint::{Checkpoint, LoadDType, LoadOptions};
 
 /// The CPU device of the test build, which compiles in exactly one CPU backend.
 pub fn cpu() -> Device {

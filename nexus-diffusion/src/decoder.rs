@@ -4,10 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::{
-    ImageEmbeds,
-    checkpoint::{Checkpoint, LoadOptions, load_module},
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
+use nexus_core::ImageEmbeds;
 
 use crate::{
     DiffusionError, LatentSize,

@@ -1,6 +1,7 @@
 //! What can be wrong with the files and requests that reach the diffusion side.
 
-use nexus_core::{GridThw, checkpoint::CheckpointError, config::ConfigError};
+use nexus_checkpoint::CheckpointError;
+use nexus_core::{GridThw, config::ConfigError};
 
 /// A decoder, autoencoder or text encoder that cannot be loaded, or a request that cannot be drawn.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,8 @@
 //! use std::{ops::ControlFlow, path::Path};
 //!
 //! use burn::tensor::{DType, Device, FloatDType};
-//! use nexus_core::{ImageEmbeds, checkpoint::{Checkpoint, LoadOptions}};
+//! use nexus_checkpoint::{Checkpoint, LoadOptions};
+//! use nexus_core::ImageEmbeds;
 //! use nexus_diffusion::{
 //!     Autoencoder, Branch, Branches, ClipTextEncoder, DenoiseOptions, Denoiser, GenerationDecoder, LatentSize, Noise,
 //!     config::{AutoencoderConfig, ClipConfig, DiffusionConfig},

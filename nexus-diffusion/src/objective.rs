@@ -133,8 +133,8 @@ fn per_sample(factors: Vec<f32>, like: &Tensor<4>) -> Tensor<4> {
 
 #[cfg(test)]
 mod tests {
+    use nexus_checkpoint::module_layout;
     use nexus_core::{
-        checkpoint::module_layout,
         testing::{assert_close, cpu, ramp},
         train::{GradientSum, NamePattern, freeze},
     };

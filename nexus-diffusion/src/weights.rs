@@ -2,7 +2,7 @@
 
 use std::sync::Once;
 
-use nexus_core::checkpoint::WeightNames;
+use nexus_checkpoint::WeightNames;
 
 /// Renames of both decoders: `GenerationDecoder` and `EditingDecoder` share all but the connector.
 const DECODER_RENAMES: &[(&str, &str)] = &[
@@ -105,7 +105,8 @@ pub(crate) fn notice_flux_licence<C: Default + PartialEq>(config: &C) {
 mod tests {
     use burn::module::Module;
     use md5::{Digest, Md5};
-    use nexus_core::{checkpoint::module_layout, testing::cpu};
+    use nexus_checkpoint::module_layout;
+    use nexus_core::testing::cpu;
 
     use super::*;
     use crate::{

@@ -4,9 +4,9 @@
 mod random_models;
 
 use burn::tensor::{DType, FloatDType, Tensor};
+use nexus_checkpoint::{Checkpoint, LoadOptions, save_module};
 use nexus_core::{
     GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, LoadOptions, save_module},
     testing::{Fixture, assert_close, assert_close_tensors, device, relative_drift},
 };
 use nexus_diffusion::{

@@ -4,9 +4,9 @@ use burn::{
     module::{Module, Param},
     tensor::{Device, Tensor},
 };
+use nexus_checkpoint::{Checkpoint, CheckpointError, LoadOptions, load_module};
 use nexus_core::{
     EmbedsError, GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, CheckpointError, LoadOptions, load_module},
     config::ConfigError,
     nn::{RotaryTable, index_tensor, inverse_frequencies, linear, normal_param},
 };

@@ -75,8 +75,8 @@ impl LabelHead {
 
 #[cfg(test)]
 mod tests {
+    use nexus_checkpoint::WeightNames;
     use nexus_core::{
-        checkpoint::WeightNames,
         testing::{assert_close, cpu, ramp},
         train::GradientSum,
     };

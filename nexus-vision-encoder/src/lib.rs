@@ -2,7 +2,8 @@
 //!
 //! ```no_run
 //! use burn::tensor::{Device, DeviceType, Tensor};
-//! use nexus_core::{GridThw, checkpoint::{Checkpoint, LoadOptions}};
+//! use nexus_checkpoint::{Checkpoint, LoadOptions};
+//! use nexus_core::GridThw;
 //! use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 //!
 //! # fn main() -> Result<(), nexus_vision_encoder::VisionEncoderError> {

@@ -162,8 +162,8 @@ fn token_places(grids: &[GridThw], device: &Device) -> Tensor<2> {
 #[cfg(test)]
 mod tests {
     use burn::tensor::Int;
+    use nexus_checkpoint::{WeightNames, module_layout};
     use nexus_core::{
-        checkpoint::{WeightNames, module_layout},
         testing::{assert_close, assert_close_tensors, cpu, ramp},
         train::{GradientSum, NamePattern, freeze},
     };

@@ -1,6 +1,6 @@
 //! Names of the encoder's weights in `model-*.safetensors`, as data.
 
-use nexus_core::checkpoint::WeightNames;
+use nexus_checkpoint::WeightNames;
 
 /// Module paths -> names in the released checkpoint.
 pub const NAMES: WeightNames = WeightNames {

@@ -1,9 +1,9 @@
 //! The vision encoder against transformers' Qwen2.5-VL on the bundled random checkpoint.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
+use nexus_checkpoint::Checkpoint;
 use nexus_core::{
     GridThw,
-    checkpoint::Checkpoint,
     testing::{Fixture, assert_close, assert_close_tensors, device, load_options, random_models_dir},
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder, WindowLayout};

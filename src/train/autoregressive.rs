@@ -7,9 +7,9 @@ use burn::{
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, ArOutput, Attended, ExcludedToken, TrainingBatch, TrainingSample};
+use nexus_checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as};
 use nexus_core::{
     ImageEmbeds,
-    checkpoint::{LoadDType, LoadOptions, WeightNames, save_module_as},
     config::ConfigError,
     nn::Recomputation,
     train::{Draws, InitialWeights, initialize},

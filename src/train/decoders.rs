@@ -7,9 +7,9 @@ use burn::{
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
+use nexus_checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, load_module, save_module_as};
 use nexus_core::{
     GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, load_module, save_module_as},
     nn::Recomputation,
     train::{Draws, initialize},
 };

@@ -2,11 +2,8 @@
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
-use nexus_core::{
-    GridThw, ImageEmbeds,
-    checkpoint::{Checkpoint, LoadOptions},
-    train::Draws,
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions};
+use nexus_core::{GridThw, ImageEmbeds, train::Draws};
 use nexus_data::{Image, clip_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder,

@@ -135,7 +135,7 @@ through_the_facade!(
     nexus_vision_encoder::VisionEncoderError,
     nexus_ar::ArError,
     nexus_diffusion::DiffusionError,
-    nexus_core::checkpoint::CheckpointError,
+    nexus_checkpoint::CheckpointError,
     nexus_core::config::ConfigError,
     nexus_core::EmbedsError
 );

@@ -6,8 +6,8 @@ use burn::{
     module::Module,
     tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
+use nexus_checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout, save_module_as};
 use nexus_core::{
-    checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout, save_module_as},
     nn::Recomputation,
     train::{Draws, initialize},
 };

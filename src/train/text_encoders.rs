@@ -9,10 +9,8 @@ use std::{
 };
 
 use burn::tensor::{Device, FloatDType};
-use nexus_core::{
-    checkpoint::save_module_as,
-    train::{InitialWeights, initialize},
-};
+use nexus_checkpoint::save_module_as;
+use nexus_core::train::{InitialWeights, initialize};
 use nexus_diffusion::{
     ClipTextEncoder, T5Encoder,
     config::{ClipConfig, T5Config},

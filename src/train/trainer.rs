@@ -10,8 +10,10 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
+use nexus_checkpoint::{
+    Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors,
+};
 use nexus_core::{
-    checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors},
     nn::Recomputation,
     train::{GradientSum, NamePattern, Optimizer, TrainStateError, WeightAverage, check_weights, freeze},
 };

@@ -52,7 +52,6 @@ pub use join::{cat, split};
 pub use key_value::KeyValue;
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, layer_norm, modulate};
-pub use quantization::{Quantization, weight_bytes};
 pub use recomputation::{Activation, Recomputation};
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) use rotary::Pairs;

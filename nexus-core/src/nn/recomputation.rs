@@ -172,11 +172,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        checkpoint::WeightNames,
         nn::{Linear, gelu},
         testing::{assert_close_tensors, cpu, ramp},
         train::GradientSum,
     };
+    use nexus_checkpoint::WeightNames;
 
     #[derive(Module, Debug)]
     struct Model {

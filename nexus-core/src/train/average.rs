@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::TrainStateError;
-use crate::checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
 
 /// `average = decay * average + (1 - decay) * weight` of every trained parameter.
 ///

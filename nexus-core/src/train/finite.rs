@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Int, Tensor};
 
 use super::TrainStateError;
-use crate::checkpoint::{ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{ModulePath, WeightNames, follow_path};
 
 /// Checks that all weights are finite, which a step along finite gradients does not promise.
 ///

@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Gradients, Tensor};
 
 use super::TrainStateError;
-use crate::checkpoint::{ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{ModulePath, WeightNames, follow_path};
 
 /// Gradients of the trained parameters, summed over the micro-batches of a step, in f32.
 #[derive(Debug, Default)]

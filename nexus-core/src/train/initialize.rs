@@ -5,7 +5,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::{Draws, NamePattern};
-use crate::checkpoint::{ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{ModulePath, WeightNames, follow_path};
 
 /// How weights begin.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -58,5 +58,5 @@ pub enum TrainStateError {
     },
     /// The file of the saved state cannot be read.
     #[error(transparent)]
-    Checkpoint(#[from] crate::checkpoint::CheckpointError),
+    Checkpoint(#[from] nexus_checkpoint::CheckpointError),
 }

@@ -12,7 +12,7 @@ use super::{
     adamw::{AdamWKernel, AdamWStep},
     muon::Muon,
 };
-use crate::checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
 
 /// Names of the moments in a saved state, as PyTorch calls them.
 const MOMENTS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
@@ -226,10 +226,10 @@ mod tests {
     use super::*;
     use crate::train::NamePattern;
     use crate::{
-        checkpoint::write_safetensors,
         nn::Linear,
         testing::{assert_close, cpu, ramp},
     };
+    use nexus_checkpoint::write_safetensors;
 
     const NAMES: WeightNames = WeightNames { prefix: "layer.", renames: &[], unused: &[] };
 

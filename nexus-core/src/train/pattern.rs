@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{ModulePath, WeightNames, follow_path};
+use nexus_checkpoint::{ModulePath, WeightNames, follow_path};
 
 /// A name of parameters in which `*` stands for any characters, dots included: `visual.*`, `*.bias`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use nexus_core::checkpoint::{Checkpoint, LoadOptions, load_module};
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
 
 pub use blocks::{AttentionBlock, Middle, Resample, ResnetBlock};
 pub use objective::{AutoencoderLoss, AutoencoderObjective};

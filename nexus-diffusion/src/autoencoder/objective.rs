@@ -73,8 +73,8 @@ fn neighbour_differences(picture: Tensor<4>, side: usize) -> Tensor<4> {
 
 #[cfg(test)]
 mod tests {
+    use nexus_checkpoint::module_layout;
     use nexus_core::{
-        checkpoint::module_layout,
         testing::{assert_close, assert_close_tensors, cpu, ramp},
         train::GradientSum,
     };

@@ -4,10 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use nexus_core::{
-    checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Attention, Embedding, LayerNorm, Linear, Visibility, attention, quick_gelu},
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
+use nexus_core::nn::{Attention, Embedding, LayerNorm, Linear, Visibility, attention, quick_gelu};
 
 use super::checked_ids;
 use crate::{DiffusionError, config::ClipConfig, weights::CLIP};

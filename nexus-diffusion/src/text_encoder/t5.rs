@@ -4,10 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use nexus_core::{
-    checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul, index_tensor},
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
+use nexus_core::nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul, index_tensor};
 
 use super::checked_ids;
 use crate::{DiffusionError, config::T5Config, weights::T5};

@@ -5,10 +5,8 @@ use burn::{
     module::Module,
     tensor::{DType, Device, Tensor},
 };
-use nexus_core::{
-    checkpoint::{Checkpoint, LoadOptions, load_module},
-    nn::{Linear, Recomputation, RotaryTable},
-};
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
+use nexus_core::nn::{Linear, Recomputation, RotaryTable};
 
 use super::{
     AdaNorm, DitModulations, DoubleBlock, EMBEDDED_WIDTH, Mlp, SingleBlock, TeaCache,

@@ -4,10 +4,8 @@
 use std::path::PathBuf;
 
 use burn::tensor::{FloatDType, Tensor};
-use nexus_core::{
-    checkpoint::Checkpoint,
-    testing::{Fixture, device, load_options, random_models_dir},
-};
+use nexus_checkpoint::Checkpoint;
+use nexus_core::testing::{Fixture, device, load_options, random_models_dir};
 use nexus_diffusion::{
     Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, T5Encoder,
     config::{AutoencoderConfig, ClipConfig, DiffusionConfig, T5Config},

@@ -22,6 +22,7 @@ mod names;
 mod open;
 mod path;
 mod pickle;
+mod quantization;
 mod report;
 mod torch;
 mod values;
@@ -32,8 +33,8 @@ pub use error::CheckpointError;
 pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module, save_module_as};
 pub use manifest::{Manifest, ManifestDifference, ManifestProgress, ManifestTensor};
 pub use names::WeightNames;
-#[cfg(feature = "train")]
-pub(crate) use path::{ModulePath, follow_path};
+pub use path::ModulePath;
+pub use quantization::{Quantization, weight_bytes};
 pub use report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
 pub use write::write_safetensors;
 

@@ -15,9 +15,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::error::CheckpointError;
-use super::values::{self, Named};
-use super::{Located, TensorEntry};
+use crate::error::CheckpointError;
+use crate::values::{self, Named};
+use crate::{Located, TensorEntry};
 
 /// Longest header that is accepted, in bytes; the limit of the safetensors crate.
 pub(super) const MAX_HEADER: u64 = 100_000_000;

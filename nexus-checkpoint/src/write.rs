@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::tensor::{DType, TensorData};
 use serde::Serialize;
 
-use super::error::CheckpointError;
-use super::header::{LENGTH_FIELD, METADATA_KEY};
-use super::values;
+use crate::error::CheckpointError;
+use crate::header::{LENGTH_FIELD, METADATA_KEY};
+use crate::values;
 
 /// Writes tensors as one safetensors file.
 ///

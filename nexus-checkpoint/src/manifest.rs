@@ -12,9 +12,9 @@ use std::sync::mpsc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::error::CheckpointError;
-use super::write::write_atomically;
-use super::{Checkpoint, Located, TensorEntry, values};
+use crate::error::CheckpointError;
+use crate::write::write_atomically;
+use crate::{Checkpoint, Located, TensorEntry, values};
 
 const VERSION: u32 = 1;
 

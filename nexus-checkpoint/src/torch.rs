@@ -10,9 +10,9 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::error::CheckpointError;
-use super::pickle::{self, PickledTensor};
-use super::{Located, TensorEntry, values, zip};
+use crate::error::CheckpointError;
+use crate::pickle::{self, PickledTensor};
+use crate::{Located, TensorEntry, values, zip};
 
 const PICKLE_NAME: &str = "data.pkl";
 

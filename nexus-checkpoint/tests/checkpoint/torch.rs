@@ -1,15 +1,12 @@
 //! `torch.save` archives: what is read without running it, and what is refused and why.
 //!
-//! `checkpoint_torch.bin` was written by torch 2.15:
+//! `torch.bin` was written by torch 2.15:
 //! `torch.save(OrderedDict(a=torch.arange(6.).reshape(2, 3).t(), b=torch.tensor([1.5, -2.]).bfloat16()), path)`
-
-// Clippy takes the helpers of tests for production code.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
 
 use burn::tensor::{DType, TensorData, bf16};
-use nexus_core::checkpoint::{Checkpoint, CheckpointError};
+use nexus_checkpoint::{Checkpoint, CheckpointError};
 
 macro_rules! check {
     ($error:expr, $pattern:pat $(if $guard:expr)?) => {
@@ -136,7 +133,7 @@ const SIX: (&str, &[u8]) = ("m/data/0", &[1, 2, 3, 4, 5, 6]);
 
 #[test]
 fn reads_what_torch_wrote() {
-    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/checkpoint_torch.bin")).unwrap();
+    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/checkpoint/torch.bin")).unwrap();
     let entries: Vec<_> = checkpoint.entries().map(|e| (e.name.as_str(), e.shape.as_slice(), e.dtype)).collect();
     assert_eq!(entries, [("a", &[3, 2][..], DType::F32), ("b", &[2], DType::BF16)]);
     assert_eq!(checkpoint.data("a").unwrap(), TensorData::new(vec![0f32, 3.0, 1.0, 4.0, 2.0, 5.0], [3, 2]));
@@ -329,7 +326,7 @@ fn refuses_an_archive_that_inflates_without_bound() {
 /// Truncations and random bytes are refused or read, and never a panic.
 #[test]
 fn damaged_archives_never_panic() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/checkpoint_torch.bin");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/checkpoint/torch.bin");
     let views = [item("v", "ByteStorage", 6, 1, &[2, 2], &[2, 1]), item("w", "ByteStorage", 6, 0, &[3, 2], &[1, 3])];
     let wholes = [fs::read(path).unwrap(), archive(&dict(&views), &[SIX])];
     let directory = tempfile::tempdir().unwrap();

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
-use super::manifest::ManifestDifference;
-use super::report::{LoadReport, write_some};
+use crate::manifest::ManifestDifference;
+use crate::report::{LoadReport, write_some};
 
 /// A checkpoint that cannot be opened, read, loaded into a module, written or verified.
 #[derive(Debug, thiserror::Error)]

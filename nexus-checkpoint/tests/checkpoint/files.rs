@@ -1,14 +1,11 @@
 //! Safetensors files, sharded and single: what is read, what is refused and why, and what is written.
 
-// Clippy takes the helpers of tests for production code.
-#![allow(clippy::unwrap_used, clippy::panic)]
-
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{BoolStore, DType, TensorData, bf16, f16};
-use nexus_core::checkpoint::{Checkpoint, CheckpointError, write_safetensors};
+use nexus_checkpoint::{Checkpoint, CheckpointError, write_safetensors};
 use tempfile::TempDir;
 
 /// A safetensors file of a header, as it stands, and data.

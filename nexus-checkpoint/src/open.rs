@@ -9,8 +9,8 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::error::CheckpointError;
-use super::{Checkpoint, Located, header, torch};
+use crate::error::CheckpointError;
+use crate::{Checkpoint, Located, header, torch};
 
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 const FILE_SUFFIX: &str = ".safetensors";

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::error::CheckpointError;
+use crate::error::CheckpointError;
 
 const END_OF_DIRECTORY: u32 = 0x0605_4b50;
 const END_OF_DIRECTORY_LEN: usize = 22;

@@ -1,14 +1,11 @@
 //! Modules and checkpoints: names, the strict report, dtypes, devices, round trips and manifests.
 
-// Clippy takes the helpers of tests for production code.
-#![allow(clippy::unwrap_used, clippy::panic)]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::module::{Initializer, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor, TensorData, bf16, f16};
-use nexus_core::checkpoint::{
+use nexus_checkpoint::{
     Checkpoint, CheckpointError, LoadDType, LoadOptions, LoadReport, Manifest, ManifestDifference, WeightNames,
     load_module, module_layout, save_module, write_safetensors,
 };

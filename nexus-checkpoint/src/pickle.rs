@@ -13,8 +13,8 @@ use std::path::Path;
 
 use burn::tensor::DType;
 
-use super::error::CheckpointError;
-use super::values::BOOL;
+use crate::error::CheckpointError;
+use crate::values::BOOL;
 
 /// Longest pickle, in bytes; the largest released one has 0.1 MB.
 const MAX_PICKLE: usize = 64 << 20;

@@ -6,14 +6,15 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Device, ExecutionError, FloatDType, Int, Tensor, TensorData};
 
-use super::error::CheckpointError;
-use super::names::WeightNames;
-use super::path::{ModulePath, follow_path};
-use super::report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
-use super::values::{self, NonFinite};
-use super::write::{Planned, PlannedFile, native_bool, write_planned};
-use super::{Checkpoint, TensorEntry};
-use crate::nn::Quantization;
+use crate::error::CheckpointError;
+use crate::follow_path;
+use crate::names::WeightNames;
+use crate::path::ModulePath;
+use crate::quantization::Quantization;
+use crate::report::{LoadReport, Missing, Unused, WrongDType, WrongShape};
+use crate::values::{self, NonFinite};
+use crate::write::{Planned, PlannedFile, native_bool, write_planned};
+use crate::{Checkpoint, TensorEntry};
 
 /// Dtype of the float weights after loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
