@@ -112,7 +112,8 @@ pub enum Error {
 
 impl Error {
     /// A failure of the device, by what it said.
-    pub(crate) fn of_device(reason: String, device: &Device) -> Self {
+    #[doc(hidden)]
+    pub fn of_device(reason: String, device: &Device) -> Self {
         match OutOfMemory::of(&reason, device) {
             Some(OutOfMemory { needed, available }) => Self::OutOfDeviceMemory { needed, available, reason },
             None => Self::Read { reason },
@@ -121,7 +122,10 @@ impl Error {
 }
 
 /// Values of a tensor; waits for the device.
-pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Error> {
+///
+/// # Errors
+/// [`Error::Read`] or [`Error::OutOfDeviceMemory`].
+pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Error> {
     let data = read_data(tensor)?;
     data.try_into_vec_as().map_err(|error| Error::Read { reason: error.to_string() })
 }
@@ -132,7 +136,8 @@ pub(crate) fn read_data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData,
     tensor.try_into_data().map_err(|error| Error::of_device(failure_reason(&error, &device), &device))
 }
 
-pub(crate) fn amounts(needed: Option<u64>, available: Option<u64>) -> String {
+/// Amounts of memory as a part of a message.
+pub fn amounts(needed: Option<u64>, available: Option<u64>) -> String {
     match (needed, available) {
         (None, None) => String::new(),
         (Some(needed), None) => format!(" ({} MiB asked for at once)", mib(needed)),

@@ -35,11 +35,7 @@ impl Stages {
 /// A device that failed may hold tensors that were never written, and has no memory to spare: `free` lets go of what is
 /// kept there. If it does not compute any more after that, this is the error. Panics that say that memory was not enough
 /// are errors; others go on.
-pub(crate) fn judge<T>(
-    device: &Device,
-    free: impl FnOnce(),
-    result: thread::Result<Result<T, Error>>,
-) -> Result<T, Error> {
+pub fn judge<T>(device: &Device, free: impl FnOnce(), result: thread::Result<Result<T, Error>>) -> Result<T, Error> {
     let failure = match result {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(Error::Cancelled)) => return Err(Error::Cancelled),

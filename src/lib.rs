@@ -68,8 +68,6 @@ mod progress;
 mod reply;
 mod session;
 mod stages;
-#[cfg(feature = "train")]
-pub mod train;
 
 pub use burn::tensor::{Device, FloatDType};
 pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};
@@ -87,6 +85,11 @@ pub use progress::{Observer, Progress, Stage};
 pub use reply::{Picture, Reply};
 pub use session::{Images, Session};
 pub use stages::Residency;
+
+#[doc(hidden)]
+pub use error::{amounts, read};
+#[doc(hidden)]
+pub use failure::judge;
 
 pub use nexus_ar as ar;
 pub use nexus_checkpoint as checkpoint;

@@ -61,9 +61,7 @@ fn embeddings_and_noise_are_drawn_wherever_they_were_made() {
         elsewhere!("the CPU, f32", cpu(), DType::F32),
         elsewhere!("the CPU, f64", cpu(), DType::F64),
         elsewhere!("the CPU, bf16", cpu(), DType::BF16),
-        #[cfg(feature = "train")]
         elsewhere!("the autodiff device, f32", device().autodiff(), DType::F32),
-        #[cfg(feature = "train")]
         elsewhere!("the autodiff CPU, f64", cpu().autodiff(), DType::F64),
     ] {
         assert!(draw(&from) == expected, "{}", from.what);

@@ -27,9 +27,11 @@ if ! adapters; then
 fi
 
 BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --test device_failure --test device_inputs --test lost_device \
-    --test objectives --test parity --test parity_networks --test parity_sampling --test pipeline --test verify -- \
+    --test parity --test parity_networks --test parity_sampling --test pipeline --test verify -- \
     --skip a_planted_fault --skip a_fault_in --skip faults_in_preprocessing --skip the_program --skip a_model \
     --skip activations_in_bf16
+
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test train -- objectives::
 
 # The kernels for GPUs, next to burn's formulation and to sums in f64.
 BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: cube::

@@ -3,8 +3,8 @@
 use burn::tensor::Tensor;
 use nexus_data::Image;
 
-use super::TrainError;
-use crate::error::read;
+use crate::TrainError;
+use nexus::read;
 
 /// Pixels between pictures.
 const GAP_PX: usize = 4;

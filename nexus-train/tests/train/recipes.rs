@@ -1,19 +1,15 @@
 //! Recipes: those of the repository are read, wrong ones are refused by field.
-#![cfg(feature = "train")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
-
-mod train_case;
 
 use std::{fs, path::Path};
 
-use nexus::train::{Recipe, TrainError};
+use nexus_train::{Recipe, TrainError};
 use serde_json::json;
 
-use train_case::{Case, stage};
+use crate::case::{Case, stage};
 
 #[test]
 fn the_recipes_of_the_repository_are_read_and_say_their_own_command() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let (mut dirs, mut count) = (vec![root.join("recipes")], 0);
     while let Some(dir) = dirs.pop() {
         for entry in fs::read_dir(dir).unwrap() {

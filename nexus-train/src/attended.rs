@@ -224,7 +224,8 @@ mod tests {
 
     /// Samples of a kind with where they look.
     fn samples(task: Task, kind: Kind) -> impl Iterator<Item = (Sample, TrainingInput, Looks)> {
-        let processor = Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/Nexus-GenV2")).unwrap();
+        let processor =
+            Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/nexus-tiny/Nexus-GenV2")).unwrap();
         let image = processor.tokenizer().special_tokens().image;
         (0..120).map(move |index| {
             let sample = World::new(8).sample_of(task, &[kind], Split::Train, index);

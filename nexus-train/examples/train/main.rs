@@ -1,5 +1,7 @@
-//! How do I train a model? `cargo run --release --example train -- --recipe recipes/nexus-tiny/autoencoder.json --model tiny --run runs/autoencoder`
+//! How do I train a model? `cargo run --release -p nexus-train --example train -- --recipe recipes/nexus-tiny/autoencoder.json --model tiny --run runs/autoencoder`
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+
+mod curves;
 
 use std::{
     fs,
@@ -11,7 +13,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use nexus::train::{Recipe, TrainEvent, TrainOutcome, TrainedPart, fill_text_encoders, train};
+use nexus_train::{Recipe, TrainEvent, TrainOutcome, TrainedPart, fill_text_encoders, train};
 
 /// Keeps freed memory for the next tensor; the system's allocator gives every large one back at once.
 #[global_allocator]
@@ -49,7 +51,7 @@ fn main() -> Result<()> {
     for path in fill_text_encoders(&recipe, &args.model, &device)? {
         println!("random weights: {}", path.display());
     }
-    let outcome = train(&recipe, &args.model, &args.run, &device, &mut observer(&recipe, args.seconds))?;
+    let outcome = train(&recipe, &args.model, &args.run, &device, &mut observer(&recipe, &args.run, args.seconds))?;
     match outcome {
         TrainOutcome::Stopped(state) => println!("stopped after step {}; run it again to go on", state.steps),
         TrainOutcome::Finished(weights) => {
@@ -63,7 +65,7 @@ fn main() -> Result<()> {
 }
 
 /// A bar with the losses, or plain lines where there is no terminal.
-fn observer(recipe: &Recipe, seconds: Option<u64>) -> impl FnMut(TrainEvent<'_>) -> ControlFlow<()> {
+fn observer(recipe: &Recipe, run: &Path, seconds: Option<u64>) -> impl FnMut(TrainEvent<'_>) -> ControlFlow<()> {
     let bar = ProgressBar::new(recipe.num_steps() as u64);
     let template = "{wide_bar} {pos}/{len} steps, {eta} left  {msg}";
     if let Ok(style) = ProgressStyle::with_template(template) {
@@ -100,7 +102,12 @@ fn observer(recipe: &Recipe, seconds: Option<u64>) -> impl FnMut(TrainEvent<'_>)
                     (sum_seconds, sum_samples) = (sum_seconds * 0.5, sum_samples / 2);
                 }
             }
-            TrainEvent::Checkpoint { path } => say(format!("checkpoint: {}", path.display())),
+            TrainEvent::Checkpoint { path } => {
+                say(format!("checkpoint: {}", path.display()));
+                if let Err(error) = curves::draw(run) {
+                    say(format!("no curves: {error:#}"));
+                }
+            }
             TrainEvent::Samples { path } => say(format!("samples: {}", path.display())),
             _ => {}
         }

@@ -20,10 +20,10 @@ use nexus_core::{
 use nexus_data::Image;
 use serde::Serialize;
 
-use super::{
-    Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, curves, feed::Feed, workers::Workers,
+use crate::{
+    Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, feed::Feed, workers::Workers,
 };
-use crate::error::read;
+use nexus::read;
 
 /// What is trained: a module, its names, and how a batch becomes a loss.
 pub(crate) trait Task: Sync {
@@ -220,7 +220,6 @@ pub(crate) fn train<T: Task>(
             if is_last || flow.is_break() || state.stage_steps.is_multiple_of(recipe.checkpoint_every) {
                 check_weights(&module, &names).map_err(not_finite)?;
                 let path = dir.checkpoint(&state, recipe.keep_checkpoints, |to| progress.save(&module, &names, to))?;
-                curves::draw(&dir)?;
                 let _ = observer(TrainEvent::Checkpoint { path: &path });
             }
             if flow.is_break() {

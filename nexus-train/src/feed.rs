@@ -8,7 +8,7 @@ use nexus_data::{
     world::{Kind, Place, Sample, Scene, Split, Task, World},
 };
 
-use super::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
+use crate::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
 
 /// The sources of one stage, mixed.
 pub(crate) struct Feed {

@@ -6,7 +6,6 @@
 //!   lock               held while a process trains
 //!   metrics.jsonl      one line per logged step
 //!   rejected.jsonl     samples that were set aside, with reasons
-//!   curves.svg         plot of the metrics
 //!   samples/           pictures drawn on the way
 //!   checkpoints/step-00000500/
 //!     module.safetensors  optimizer.safetensors  average.safetensors  state.json  history.jsonl
@@ -18,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Recipe, TrainError};
+use crate::{Recipe, TrainError};
 
 /// Where a run is; with the weights, all that is needed to go on.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -1,8 +1,4 @@
 //! Training runs: killed and resumed, on full disks, and with bad samples.
-#![cfg(feature = "train")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
-
-mod train_case;
 
 use std::{
     fs,
@@ -18,20 +14,20 @@ use nexus::{
     checkpoint::{Checkpoint, LoadDType, LoadOptions},
     data::{MessagesFile, decoder_image},
     diffusion::{Autoencoder, config::AutoencoderConfig},
-    train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved},
 };
 use nexus_core::testing::{cpu, random_models_dir};
+use nexus_train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved};
 use serde_json::{Value, json};
 
-use train_case::{Case, stage};
+use crate::case::{Case, stage};
 
 /// Set in the process that is killed: the directory of recipe and run.
 const CHILD: &str = "NEXUS_TEST_TRAIN";
 
-/// Not a test of its own: the process that the others start and kill.
 #[test]
+#[ignore = "the process that other tests start and kill"]
 fn child() {
-    let Some(dir) = std::env::var_os(CHILD) else { return };
+    let dir = std::env::var_os(CHILD).expect("another test starts this one, with a directory");
     let dir = Path::new(&dir);
     let recipe = Recipe::read(dir.join("recipe.json")).unwrap();
     match train(&recipe, random_models_dir(), dir.join("run"), &cpu(), &mut unobserved) {
@@ -47,7 +43,7 @@ fn child_command(case: &Case, limit_blocks: Option<usize>) -> Command {
     let limit = limit_blocks.map_or(String::new(), |blocks| format!("trap '' XFSZ; ulimit -f {blocks};"));
     let mut command = Command::new("sh");
     let exe = std::env::current_exe().unwrap();
-    command.arg("-c").arg(format!("{limit} exec '{}' --exact child --test-threads 1", exe.display()));
+    command.arg("-c").arg(format!("{limit} exec '{}' --exact runs::child --ignored --test-threads 1", exe.display()));
     command.env(CHILD, case.dir.path()).env("RAYON_NUM_THREADS", "2").stdout(Stdio::null()).stderr(Stdio::null());
     command
 }

@@ -2,7 +2,7 @@
 
 use nexus_core::config::ConfigError;
 
-use super::{DecoderRecipe, LossRecipe, StageRecipe, TrainedPart};
+use crate::{DecoderRecipe, LossRecipe, StageRecipe, TrainedPart};
 
 /// Refuses a field of a stage that is set although nothing reads it for this part.
 ///

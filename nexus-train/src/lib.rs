@@ -1,7 +1,7 @@
 //! Training: a recipe -> a run that can be killed and goes on -> weights under the released file names.
 //!
 //! ```no_run
-//! use nexus::train::{Recipe, train, unobserved};
+//! use nexus_train::{Recipe, train, unobserved};
 //!
 //! let device = nexus::device("cpu")?;
 //! let recipe = Recipe::read("recipes/nexus-tiny/autoregressive.json")?;
@@ -16,7 +16,6 @@
 
 mod attended;
 mod autoregressive;
-mod curves;
 mod decoders;
 mod drawing;
 mod error;
@@ -41,7 +40,7 @@ use std::{
 use burn::tensor::{Device, FloatDType};
 use nexus_core::train::TrainStateError;
 
-use crate::{DeviceError, Error, failure::judge};
+use nexus::{DeviceError, Error, judge};
 
 pub use error::TrainError;
 pub use recipe::{

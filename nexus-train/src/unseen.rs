@@ -132,7 +132,8 @@ mod tests {
 
     /// What the answers of some samples would say with the first excluded token of each word.
     fn excluded(task: Task, kind: Kind, language: Language) -> Vec<(Sample, Vec<String>)> {
-        let processor = Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nexus-tiny/Nexus-GenV2")).unwrap();
+        let processor =
+            Processor::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/nexus-tiny/Nexus-GenV2")).unwrap();
         let tokenizer = processor.tokenizer();
         let image = tokenizer.special_tokens().image;
         let samples = (0..200).map(|index| World::new(6).sample_of(task, &[kind], Split::Train, index));

@@ -12,7 +12,7 @@ use nexus_core::{
 use nexus_data::world;
 use serde::{Deserialize, Serialize};
 
-use super::recipe_fields::check_used;
+use crate::recipe_fields::check_used;
 
 /// What a run trains and how.
 ///

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::amounts;
+use nexus::amounts;
 
 /// What can go wrong while training; what is on disk stays usable.
 #[derive(Debug, thiserror::Error)]
@@ -10,7 +10,7 @@ use crate::error::amounts;
 pub enum TrainError {
     /// A stage, its files or its input.
     #[error(transparent)]
-    Model(#[from] crate::Error),
+    Model(#[from] nexus::Error),
     /// The saved state does not fit the model.
     #[error(transparent)]
     State(#[from] nexus_core::train::TrainStateError),
@@ -102,14 +102,6 @@ pub enum TrainError {
     TextEncoderMissing {
         /// File that was looked for.
         path: PathBuf,
-    },
-    /// The curves cannot be drawn.
-    #[error("{path}: cannot draw the curves: {reason}", path = path.display())]
-    Plot {
-        /// File of the plot.
-        path: PathBuf,
-        /// What the plotting library said.
-        reason: String,
     },
 }
 

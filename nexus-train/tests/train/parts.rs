@@ -1,21 +1,11 @@
 //! Training of every part of the model on the bundled random checkpoint: stopped and resumed, and what each begins with.
-#![cfg(feature = "train")]
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 use std::{fs, ops::ControlFlow, path::Path};
 
-use nexus::{
-    Image, Message,
-    checkpoint::Checkpoint,
-    data::MessagesFile,
-    train::{Recipe, TrainEvent, TrainOutcome, train, unobserved},
-};
+use nexus::{Image, Message, checkpoint::Checkpoint, data::MessagesFile};
 use nexus_core::testing::{cpu, random_models_dir};
+use nexus_train::{Recipe, TrainEvent, TrainOutcome, train, unobserved};
 use serde_json::{Value, json};
-
-/// Keeps freed memory for the next tensor, as in the examples.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn recipe(part: &str, initial: Value, data: Value, stage: Value) -> Recipe {
     let mut first = json!({

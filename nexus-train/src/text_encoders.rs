@@ -17,8 +17,8 @@ use nexus_diffusion::{
     weights::{CLIP, T5},
 };
 
-use super::{Initial, Recipe, TrainError};
-use crate::ModelFiles;
+use crate::{Initial, Recipe, TrainError};
+use nexus::ModelFiles;
 
 /// Gives random weights to the text encoders of a model that have a `config.json` but no weights, if the recipe begins
 /// with random weights itself; returns the files that it wrote.

@@ -22,7 +22,7 @@ use nexus_diffusion::{
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
 
-use super::{
+use crate::{
     DecoderRecipe, Initial, Recipe, StageRecipe, TrainError,
     autoregressive::compute_dtype,
     drawing::{self, SAMPLE_PICTURES, sample_latents},
@@ -31,7 +31,7 @@ use super::{
     sheet,
     trainer::{Losses, MicroBatch, Task},
 };
-use crate::ModelFiles;
+use nexus::ModelFiles;
 
 /// What the two decoders have in common for training.
 pub(crate) trait TrainedDecoder: Module + Sync {
@@ -43,7 +43,7 @@ pub(crate) trait TrainedDecoder: Module + Sync {
     const SEES_REFERENCE: bool;
 
     fn new(config: &DiffusionConfig, device: &Device) -> Self;
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, crate::Error>;
+    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error>;
     fn condition(
         &self,
         embeds: &ImageEmbeds,
@@ -64,7 +64,7 @@ impl TrainedDecoder for GenerationDecoder {
         Self::new(config, device)
     }
 
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, crate::Error> {
+    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error> {
         files.generation_decoder()
     }
 
@@ -95,7 +95,7 @@ impl TrainedDecoder for EditingDecoder {
         Self::new(config, device)
     }
 
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, crate::Error> {
+    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error> {
         files.edit_decoder()
     }
 

@@ -1,19 +1,11 @@
 //! A training run of the autoencoder of the bundled random checkpoint, for the tests of runs, steps and recipes.
-#![allow(dead_code, reason = "each test uses its part")]
 
 use std::{fs, path::PathBuf};
 
-use nexus::{
-    Image, Message,
-    data::MessagesFile,
-    train::{Recipe, TrainError, TrainOutcome, train, unobserved},
-};
+use nexus::{Image, Message, data::MessagesFile};
 use nexus_core::testing::{cpu, random_models_dir};
+use nexus_train::{Recipe, TrainError, TrainOutcome, train, unobserved};
 use serde_json::{Value, json};
-
-/// Keeps freed memory for the next tensor, as in the examples.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// A recipe, what it is trained on, and the runs of it.
 pub struct Case {

@@ -18,7 +18,7 @@ use nexus_diffusion::{
     weights::AUTOENCODER,
 };
 
-use super::{
+use crate::{
     Initial, Recipe, StageRecipe, TrainError,
     autoregressive::compute_dtype,
     feed::Conversation,
@@ -26,7 +26,7 @@ use super::{
     sheet,
     trainer::{Losses, MicroBatch, Task},
 };
-use crate::{ModelFiles, error::read};
+use nexus::{ModelFiles, read};
 
 /// Training of the autoencoder.
 pub(crate) struct AutoencoderTask {

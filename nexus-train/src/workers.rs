@@ -2,7 +2,7 @@
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::TrainError;
+use crate::TrainError;
 
 /// Thread pools that share the threads of the process.
 pub(crate) struct Workers {

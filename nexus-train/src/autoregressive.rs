@@ -22,7 +22,7 @@ use nexus_vision_encoder::{
     AppearanceHead, AppearanceInput, AppearanceLoss, AppearanceObjective, LabelHead, VisionConfig, VisionEncoder,
 };
 
-use super::{
+use crate::{
     ComputeDType, Initial, LossRecipe, Recipe, StageRecipe, TrainError,
     attended::{Looks, looks_of},
     drawing::{Drawing, SAMPLE_PICTURES},
@@ -31,7 +31,7 @@ use super::{
     trainer::{Losses, MicroBatch, Task},
     unseen::unseen_words,
 };
-use crate::ModelFiles;
+use nexus::ModelFiles;
 
 /// Width of the hidden layer of the throw-away head.
 const HEAD_HIDDEN: usize = 512;

@@ -12,8 +12,8 @@ use nexus_diffusion::{
     transformer::Dit,
 };
 
-use super::{DecoderRecipe, StageRecipe, TrainError, sheet};
-use crate::ModelFiles;
+use crate::{DecoderRecipe, StageRecipe, TrainError, sheet};
+use nexus::ModelFiles;
 
 /// Steps of the pictures.
 const STEPS: usize = 12;

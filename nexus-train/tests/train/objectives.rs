@@ -1,6 +1,4 @@
 //! Losses, gradients and one optimizer step against PyTorch on the bundled random checkpoint.
-#![cfg(feature = "train")]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -25,10 +23,6 @@ use nexus::{
     vision_encoder::{NAMES as VISION_NAMES, VisionConfig, VisionEncoder},
 };
 use nexus_core::testing::{Fixture, assert_close, device, random_models_dir};
-
-/// Keeps freed memory for the next tensor, as in the examples.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const LOSS_TOLERANCE: f32 = 1e-5;
 const GRADIENT_TOLERANCE: f32 = 1e-4;
