@@ -54,6 +54,12 @@ fn main() -> Result<()> {
     if !bad.is_empty() {
         bail!("NaN or infinity in {}", bad.join(", "));
     }
+    for licence in files.licences()? {
+        println!("\n{}\n    {}, says {}\n    {}", licence.weights, licence.licence, licence.stated_by, licence.link);
+        for clause in licence.clauses {
+            println!("    {}: {}", clause.number, clause.says);
+        }
+    }
     println!("\nevery tensor that the model needs is there, with its shape and dtype, and nothing else");
     Ok(())
 }

@@ -87,7 +87,7 @@ pub const T5: WeightNames = WeightNames {
     unused: &[("encoder.embed_tokens.weight", "a copy of `shared.weight` that some exports store")],
 };
 
-/// Says once per process that the weights being loaded derive from FLUX.1-dev, which those of other sizes do not.
+/// Says once per process what the weights being loaded are licensed under, if they have FLUX.1-dev's sizes.
 pub(crate) fn notice_flux_licence<C: Default + PartialEq>(config: &C) {
     static NOTICE: Once = Once::new();
     if *config != C::default() {
@@ -95,8 +95,12 @@ pub(crate) fn notice_flux_licence<C: Default + PartialEq>(config: &C) {
     }
     NOTICE.call_once(|| {
         log::warn!(
-            "these weights derive from FLUX.1 [dev] and are under the FLUX.1 [dev] Non-Commercial License: \
-             https://huggingface.co/black-forest-labs/FLUX.1-dev"
+            "these weights are FLUX.1 [dev] or derive from it, under the FLUX.1 [dev] Non-Commercial License 1.1.1: they are \
+             for non-commercial purposes, which use with effect on end users is not (1c); outputs are not derivatives \
+             (1a) and may be used for any purpose except as expressly prohibited (2d); 4a prohibits commercial or \
+             production use of the model, its derivatives \"or any data produced by\" it; 2e asks for content filters or \
+             review, 3b for a notice with what is distributed. Read the text, and ask the licensor where it leaves doubt: \
+             https://github.com/black-forest-labs/flux/blob/main/model_licenses/LICENSE-FLUX1-dev"
         );
     });
 }
