@@ -16,13 +16,13 @@ test crate="":
 bench:
     cargo bench --bench stages
 
-# Stages next to PyTorch (needs tools/bench/requirements.txt); `just compare --docs` rewrites docs/performance.md.
+# Stages next to PyTorch (needs lab/bench/requirements.txt); `just compare --docs` rewrites docs/performance.md.
 compare *arguments:
-    python tools/bench/compare.py {{ arguments }}
+    python lab/bench/compare.py {{ arguments }}
 
-# Makes the bundled random checkpoint and the parity fixtures again (needs tools/parity/requirements.txt).
+# Makes the bundled random checkpoint and the parity fixtures again (needs lab/parity/requirements.txt).
 fixtures:
-    python tools/parity/make_fixtures.py --out .
+    python lab/parity/make_fixtures.py --out .
 
 # The tests of the kernels under valgrind.
 memcheck:

@@ -1,7 +1,7 @@
 //! How fast is one stage in a process of its own? `cargo run --release --example bench_stage -- --help`.
 //!
 //! `write DIR` makes the weights, `run prefill_300 --models DIR` prints one line of JSON, which
-//! `tools/bench/compare.py` sets beside that of other programs.
+//! `lab/bench/compare.py` sets beside that of other programs.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

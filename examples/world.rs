@@ -34,7 +34,7 @@ struct Args {
     /// Shades of the colours in all pictures but those of edits
     #[arg(long)]
     shades: bool,
-    /// Print the texts, one to a line, for `tools/tiny/make_tokenizer.py`
+    /// Print the texts, one to a line, for `lab/tiny/make_tokenizer.py`
     #[arg(long)]
     texts: bool,
     /// Read every picture back and print the share that is read right

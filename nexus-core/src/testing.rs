@@ -1,6 +1,6 @@
 //! For the tests of all nexus crates: devices, fixtures, and comparisons that fail on NaN.
 //!
-//! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `tools/parity`.
+//! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `lab/parity`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs)]
 
 use std::{

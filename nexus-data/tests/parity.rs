@@ -1,4 +1,4 @@
-//! Against the fixtures of `tools/parity`: tokenizers, prompts and image preprocessing, all equal to the last bit.
+//! Against the fixtures of `lab/parity`: tokenizers, prompts and image preprocessing, all equal to the last bit.
 // Helpers outside of test functions may unwrap too.
 #![allow(clippy::unwrap_used, clippy::panic)]
 

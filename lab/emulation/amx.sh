@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The tests of the kernels on an emulated CPU with AMX and AVX-512 (Bochs' model of Sapphire Rapids), for machines that have none.
 #
-#   tools/emulate_amx.sh BOCHS VMLINUZ
+#   lab/emulation/amx.sh BOCHS VMLINUZ
 #
 # BOCHS is the unpacked source of Bochs 3.0, which is changed and built; VMLINUZ a kernel from 5.16 on with a serial console and
 # initial ram disks built in, such as that of Debian's linux-image-cloud-amd64. Takes two minutes once the tests are built, and
 # needs g++, make, cpio, xorriso, and Debian's packages isolinux, syslinux-common, seabios and busybox-static.
 set -euo pipefail
 bochs=$(realpath "$1") kernel=$(realpath "$2")
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

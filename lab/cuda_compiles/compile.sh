@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Compiles the kernels of certificates, training steps and the released sizes for CUDA where there is no GPU: programs run with
-# NVIDIA's NVRTC over a stand-in for the driver (cuda_compiles/driver.c), which launches nothing, and ptxas assembles what
+# NVIDIA's NVRTC over a stand-in for the driver (driver.c), which launches nothing, and ptxas assembles what
 # NVRTC made. It says nothing about values: those are tested on other devices, from the same source of kernels.
 #
-#   tools/cuda_compiles.sh
+#   lab/cuda_compiles/compile.sh
 #
 # It takes NVRTC, the headers and ptxas from PyPI (CUDA 12.8), and the build of `tools/cuda_without_llvm.sh`, which takes half
 # an hour from nothing.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 target="${CARGO_TARGET_DIR:-target}"
 where="$target/cuda-compiles"
@@ -26,7 +26,7 @@ if [ ! -d "$toolkit" ]; then
 fi
 ln -sf "$toolkit"/cuda_nvrtc/lib/*.so.* "$where/lib/"
 ln -sf "$toolkit/cuda_nvrtc/lib/libnvrtc.so.12" "$where/lib/libnvrtc.so"
-cc -w -shared -fPIC -o "$where/lib/libcuda.so" tools/cuda_compiles/driver.c
+cc -w -shared -fPIC -o "$where/lib/libcuda.so" lab/cuda_compiles/driver.c
 
 # Speed is of no use here.
 quick=(--config 'profile.dev.package."*".opt-level=1' --config 'profile.dev.package.nexus-core.opt-level=1')

@@ -1,8 +1,8 @@
 """Sets the stages of nexus beside the same stages in PyTorch, over the same weights, and says how many times as long
 ours take.
 
-    python tools/bench/compare.py           # builds, writes weights, measures, prints
-    python tools/bench/compare.py --docs    # also rewrites docs/performance.md and its plot
+    python lab/bench/compare.py           # builds, writes weights, measures, prints
+    python lab/bench/compare.py --docs    # also rewrites docs/performance.md and its plot
 
 Every measurement is a process of its own. The programs take turns, so that all see the same machine, and a process waits
 until others leave the processor alone; how much they used is measured too, and a disturbed process is tried again.
@@ -23,7 +23,7 @@ import numpy
 import report
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = ROOT / "tools/bench"
+HERE = ROOT / "lab/bench"
 # What keeps PyTorch's libraries from instructions beyond AVX2.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 LAST_WRITTEN = "released/decoder_config.json"
@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--docs", action="store_true", help="rewrite docs/performance.md and its plot")
     parser.add_argument("--models", type=Path, help="folder of the weights; written if it is not there")
     parser.add_argument("--results", type=Path, help="JSON file to add results to, for runs in several goes")
-    parser.add_argument("--candle", type=Path, help="program built from tools/bench/candle, to be compared too")
+    parser.add_argument("--candle", type=Path, help="program built from lab/bench/candle, to be compared too")
     parser.add_argument("--one-thread", action="store_true", help="compare with ourselves on one thread too")
     parser.add_argument("--without-bf16", action="store_true", help="leave out programs that compute in bf16")
     parser.add_argument("--avx2", action="store_true", help="let no program use instructions beyond AVX2")

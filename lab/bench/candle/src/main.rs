@@ -1,5 +1,5 @@
 //! How fast are candle's FLUX transformer and autoencoder? One stage per process, over the weights of `bench_stage write`
-//! converted to f32; prints the line of JSON that `tools/bench/compare.py --candle` reads.
+//! converted to f32; prints the line of JSON that `lab/bench/compare.py --candle` reads.
 
 use std::{
     fs,

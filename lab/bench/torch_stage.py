@@ -1,6 +1,6 @@
 """Times one stage in PyTorch and prints one line of JSON, like `examples/bench_stage.rs`.
 
-    python tools/bench/torch_stage.py prefill_300 --models DIR --dtype bf16 --threads 2
+    python lab/bench/torch_stage.py prefill_300 --models DIR --dtype bf16 --threads 2
 """
 
 import argparse

@@ -174,7 +174,7 @@ A checkpoint in the layout of Nexus-Gen V2 and FLUX.1-dev, with every network an
 RANDOM: it draws noise. Only the language model was fitted, for a minute on a few sentences, so that it answers in a few
 words, opens an image when asked for one, and stops. It is there for tests and for trying the API.
 
-Made by `python tools/parity/make_checkpoint.py --models assets/nexus-random --seed {seed}`.
+Made by `python lab/parity/make_checkpoint.py --models assets/nexus-random --seed {seed}`.
 Licence: the same as the project's.
 """
 

@@ -36,7 +36,7 @@ def main():
     if root or arguments.fresh:
         make_checkpoint.make(models, arguments.seed)
     if fixtures:
-        made = Fixtures(fixtures, models, "python tools/parity/make_fixtures.py --models <checkpoint> --fixtures <folder>")
+        made = Fixtures(fixtures, models, "python lab/parity/make_fixtures.py --models <checkpoint> --fixtures <folder>")
         for part in (fixtures_data, fixtures_networks, fixtures_generation, fixtures_training):
             part.write(made)
 
