@@ -16,7 +16,7 @@ test crate="":
 bench:
     cargo bench --bench stages
 
-# Stages next to PyTorch (needs lab/bench/requirements.txt); `just compare --docs` rewrites docs/performance.md.
+# Stages next to PyTorch (needs lab/bench/requirements.txt); `just compare --docs` rewrites docs/src/performance.md.
 compare *arguments:
     python lab/bench/compare.py {{ arguments }}
 

@@ -2,7 +2,7 @@
 ours take.
 
     python lab/bench/compare.py           # builds, writes weights, measures, prints
-    python lab/bench/compare.py --docs    # also rewrites docs/performance.md and its plot
+    python lab/bench/compare.py --docs    # also rewrites docs/src/performance.md and its plot
 
 Every measurement is a process of its own. The programs take turns, so that all see the same machine, and a process waits
 until others leave the processor alone; how much they used is measured too, and a disturbed process is tried again.
@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--devices", type=lambda names: names.split(","), default=["cpu"], help=help)
     parser.add_argument("--nexus", type=Path, help="bench_stage, built before; cargo builds it without this")
     parser.add_argument("--commit", help="of that program; git says it without this")
-    parser.add_argument("--docs", action="store_true", help="rewrite docs/performance.md and its plot")
+    parser.add_argument("--docs", action="store_true", help="rewrite docs/src/performance.md and its plot")
     parser.add_argument("--models", type=Path, help="folder of the weights; written if it is not there")
     parser.add_argument("--results", type=Path, help="JSON file to add results to, for runs in several goes")
     parser.add_argument("--candle", type=Path, help="program built from lab/bench/candle, to be compared too")
@@ -201,7 +201,7 @@ def main():
                 arguments.results.write_text(json.dumps(results, indent=1))
     print(report.tables(results))
     if arguments.docs:
-        report.write_docs(ROOT / "docs", results)
+        report.write_docs(ROOT / "docs/src", results)
 
 
 if __name__ == "__main__":

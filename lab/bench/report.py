@@ -1,4 +1,4 @@
-"""Results of `compare.py` -> a line per stage, the tables of docs/performance.md, and its plot."""
+"""Results of `compare.py` -> a line per stage, the tables of docs/src/performance.md, and its plot."""
 
 import math
 import os

@@ -63,7 +63,7 @@ pub(super) fn product<const D: usize>(left: Tensor<D>, right: Tensor<D>, dtype: 
 
 /// Algorithms in the order in which they are tried: a device may lack what one needs.
 ///
-/// docs/performance.md has how fast they are on an H200. Units multiply f32 as f32; matrix units would round it to 11 bits.
+/// docs/src/performance.md has how fast they are on an H200. Units multiply f32 as f32; matrix units would round it to 11 bits.
 /// Algorithms with copy engines are faster, but some sizes make them fail where it cannot be caught.
 fn strategies(m: usize, k: usize, n: usize, dtype: DType) -> Vec<Strategy> {
     let plain = Strategy::SimpleUnit(Default::default());
