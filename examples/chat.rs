@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Result;
 use clap::Parser;
-use nexus::{Image, Message, ReplyPart};
+use nexus::{AnswerPart, Image, Message};
 
 /// Talks with the model: text and pictures in, text and pictures out.
 #[derive(Parser)]
@@ -26,11 +26,11 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     let mut options = nexus.default_options().clone();
     options.generate = draw_options!(options.generate, args.draw.clone());
     options.edit = draw_options!(options.edit, args.draw);
-    let mut chat = nexus.with_progress(cli::progress()).chat(options);
+    let mut conversation = nexus.conversation_with(options);
     let mut pictures = 0;
     let mut images = vec![];
     prompt()?;
@@ -43,10 +43,10 @@ fn main() -> Result<()> {
             }
         } else if !line.trim().is_empty() {
             let message = images.drain(..).fold(Message::user(), Message::with_image).with_text(line);
-            for part in chat.send(message)?.parts {
+            for part in conversation.send(message, cli::progress())?.parts {
                 match part {
-                    ReplyPart::Text(text) => println!("{text}"),
-                    ReplyPart::Image(picture) => {
+                    AnswerPart::Text(text) => println!("{text}"),
+                    AnswerPart::Image(picture) => {
                         pictures += 1;
                         let path = args.result_path.join(format!("chat_{pictures}.png"));
                         picture.save(&path)?;

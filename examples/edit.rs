@@ -37,11 +37,11 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let decoder = if args.use_generation_decoder { EditWith::GenerationDecoder } else { EditWith::EditingDecoder };
     let image = Image::open(&args.input_image)?;
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     let mut options = draw_options!(nexus.default_options().edit.clone(), args.draw);
     options.decoder = decoder;
     options.text.max_pixels = args.max_pixels.unwrap_or(options.text.max_pixels);
-    let picture = nexus.with_progress(cli::progress()).edit(&image, &args.instruction, &options)?;
+    let picture = nexus.edit(&image, &args.instruction, &options, cli::progress())?;
     if let Some(reply) = &picture.reply {
         println!("{reply}");
     }

@@ -29,10 +29,10 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     let mut options = draw_options!(nexus.default_options().generate.clone(), args.draw);
     options.language = args.language.map(|code| if code == "zh" { Language::Chinese } else { Language::English });
-    let picture = nexus.with_progress(cli::progress()).generate(&args.prompt, &options)?;
+    let picture = nexus.generate(&args.prompt, &options, cli::progress())?;
     if let Some(reply) = &picture.reply {
         println!("{reply}");
     }

@@ -28,10 +28,10 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let images = args.input_image.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     let mut options = nexus.default_options().text.clone();
     options.max_pixels = args.max_pixels.unwrap_or(options.max_pixels);
-    let reply = nexus.with_progress(cli::progress()).understand(&images, &args.instruction, &options)?;
+    let reply = nexus.understand(&images, &args.instruction, &options, cli::progress())?;
     println!("{reply}");
     Ok(())
 }

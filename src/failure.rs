@@ -23,10 +23,9 @@ enum Failure {
 }
 
 impl Stages {
-    /// [`judge`] with every stage and every prompt that was kept freed.
-    pub(crate) fn judge<T>(&mut self, result: thread::Result<Result<T, Error>>) -> Result<T, Error> {
-        let device = self.device.clone();
-        judge(&device, || self.unload(), result)
+    /// Runs a part of a request that computes; if the device fails, every stage and every prompt that was kept is freed.
+    pub(crate) fn run<T>(&self, part: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        diagnose(&self.device, || self.unload(), catch_unwind(AssertUnwindSafe(part)))
     }
 }
 
@@ -35,7 +34,7 @@ impl Stages {
 /// A device that failed may hold tensors that were never written, and has no memory to spare: `free` lets go of what is
 /// kept there. If it does not compute any more after that, this is the error. Panics that say that memory was not enough
 /// are errors; others go on.
-pub fn judge<T>(device: &Device, free: impl FnOnce(), result: thread::Result<Result<T, Error>>) -> Result<T, Error> {
+pub fn diagnose<T>(device: &Device, free: impl FnOnce(), result: thread::Result<Result<T, Error>>) -> Result<T, Error> {
     let failure = match result {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(Error::Cancelled)) => return Err(Error::Cancelled),

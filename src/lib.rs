@@ -5,18 +5,19 @@
 //! conditioned on them, draws the pixels.
 //!
 //! ```no_run
-//! use nexus::{EditOptions, GenerateOptions, Image, Message, Nexus, TextOptions};
+//! use nexus::{DrawOptions, EditOptions, GenerateOptions, Image, Message, Nexus, TextOptions};
 //!
 //! # fn main() -> Result<(), nexus::Error> {
 //! let device = nexus::device("cpu")?;
-//! let mut nexus = Nexus::load("models", &device)?;
+//! let nexus = Nexus::load("models", &device)?;
 //! let cat = Image::open("cat.png")?;
-//! println!("{}", nexus.understand(&cat, "What is this?", &TextOptions::default())?);
-//! nexus.generate("A cute cat", &GenerateOptions { steps: 30, ..Default::default() })?.save("new.png")?;
-//! nexus.edit(&cat, "Add a pair of sunglasses", &EditOptions::default())?.save("edited.png")?;
-//! for part in nexus.chat().send(Message::text("Describe it, then draw it at night").with_image(cat))?.parts {
-//!     println!("{part:?}");
-//! }
+//! println!("{}", nexus.understand(&cat, "What is this?", &TextOptions::default(), ())?);
+//! let draw = DrawOptions { steps: 30, ..DrawOptions::default() };
+//! nexus.generate("A cute cat", &GenerateOptions { draw, ..Default::default() }, ())?.save("new.png")?;
+//! nexus.edit(&cat, "Add a pair of sunglasses", &EditOptions::default(), ())?.save("edited.png")?;
+//! let mut conversation = nexus.conversation();
+//! let answer = conversation.send(Message::text("Describe it, then draw it at night").with_image(cat), ())?;
+//! println!("{}, and {} pictures", answer.text(), answer.pictures().count());
 //! # Ok(())
 //! # }
 //! ```
@@ -57,26 +58,31 @@
 //!
 //! `train` (default) adds the module `train`: recipes, runs and the objectives of every part.
 
-mod chat;
+mod conversation;
 mod device;
 mod error;
 mod failure;
 mod files;
+mod images;
 mod licences;
+mod loader;
 mod nexus;
 mod options;
 mod progress;
 mod reply;
-mod session;
+mod slot;
 mod stages;
 
+pub use burn;
 pub use burn::tensor::{Device, FloatDType};
-pub use chat::{Chat, ChatDecoder, ChatOptions, ChatReply, ReplyPart};
+pub use conversation::{Answer, AnswerPart, Conversation, ConversationDecoder, ConversationOptions};
 pub use device::{DeviceError, DeviceInfo, Precision, device, devices};
 pub use error::Error;
 pub use files::ModelFiles;
+pub use images::Images;
 pub use licences::{Clause, LICENCES, WeightsLicence};
-pub use nexus::{Loader, Nexus};
+pub use loader::Loader;
+pub use nexus::Nexus;
 pub use nexus_ar::{GenerationConfig, ImagePass, PositionsAfterImage, SamplingOptions};
 pub use nexus_checkpoint::Quantization;
 pub use nexus_core::{GridThw, ImageEmbeds};
@@ -85,13 +91,12 @@ pub use nexus_diffusion::Noise;
 pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, TextOptions};
 pub use progress::{Observer, Progress, Stage};
 pub use reply::{Picture, Reply};
-pub use session::{Images, Session};
 pub use stages::Residency;
 
 #[doc(hidden)]
 pub use error::{amounts, read};
 #[doc(hidden)]
-pub use failure::judge;
+pub use failure::diagnose;
 
 pub use nexus_ar as ar;
 pub use nexus_checkpoint as checkpoint;

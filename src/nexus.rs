@@ -1,178 +1,36 @@
-//! The model as a whole: checkpoint + device + residency -> the verbs.
+//! The model as a whole: a handle with the verbs, each of which runs a request through the stages.
 
-use std::{
-    ops::ControlFlow,
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
-};
+use std::{ops::ControlFlow, path::Path, sync::Arc};
 
-use burn::tensor::{Device, FloatDType};
-use nexus_ar::{ArConfig, GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
-use nexus_checkpoint::{LoadDType, LoadOptions, Quantization};
-use nexus_core::{
-    ImageEmbeds,
-    config::{ConfigError, read_json},
+use burn::tensor::Device;
+use nexus_ar::{GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
+use nexus_core::ImageEmbeds;
+use nexus_data::{
+    Alpha, Image, Language, Message, ModelInput, Patches, ProcessOptions, Processor, edit_prompt, generation_prompt,
 };
-use nexus_data::{Image, Message, ModelInput, Processor};
 use nexus_diffusion::LatentSize;
 
 use crate::{
-    Chat, ChatOptions, DrawOptions, DrawWith, EditOptions, Error, GenerateOptions, Images, ModelFiles, Observer,
-    Picture, Precision, Progress, Reply, Residency, Session, Stage, TextOptions, session::emit, stages::Stages,
+    Conversation, ConversationOptions, DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Images,
+    Loader, ModelFiles, Observer, Picture, Progress, Reply, Stage, TextOptions, progress::emit, stages::Stages,
 };
-
-/// Largest picture that is drawn unless [`Loader::max_picture_pixels`] says otherwise: 4096x4096.
-const MAX_PICTURE_PIXELS: usize = 4096 * 4096;
 
 /// A model that understands, generates and edits images.
 ///
-/// Every verb also exists on [`Session`], which [`Nexus::with_progress`] makes, with progress and cancelling.
+/// This is a handle: a clone shares the weights, and any thread may use it at any time. What belongs to one request or to
+/// one conversation is a value of its own. Every verb takes an [`Observer`] last, `()` for none.
+#[derive(Clone)]
 pub struct Nexus {
+    model: Arc<Model>,
+}
+
+/// What all clones of a handle share.
+pub(crate) struct Model {
     pub(crate) processor: Processor,
     pub(crate) stages: Stages,
-    generation_config: GenerationConfig,
-    default_options: ChatOptions,
-    max_picture_pixels: usize,
-}
-
-/// How a model is loaded; made by [`Nexus::loader`].
-#[derive(Debug, Clone)]
-pub struct Loader {
-    dir: PathBuf,
-    flux_dir: Option<PathBuf>,
-    generation_decoder: Option<PathBuf>,
-    edit_decoder: Option<PathBuf>,
-    residency: Residency,
-    check_finite: bool,
-    weights_dtype: Option<LoadDType>,
-    compute_dtype: Option<FloatDType>,
-    quantization: Option<Quantization>,
-    max_picture_pixels: usize,
-}
-
-impl Loader {
-    /// Where the FLUX files are, if not beside the model: `models`, `models/FLUX/FLUX.1-dev`, or a place like it.
-    #[must_use]
-    pub fn flux_dir(self, dir: impl Into<PathBuf>) -> Self {
-        Self { flux_dir: Some(dir.into()), ..self }
-    }
-
-    /// Another generation decoder, `.safetensors` or `.bin`.
-    #[must_use]
-    pub fn generation_decoder(self, path: impl Into<PathBuf>) -> Self {
-        Self { generation_decoder: Some(path.into()), ..self }
-    }
-
-    /// Another editing decoder, `.safetensors` or `.bin`.
-    #[must_use]
-    pub fn edit_decoder(self, path: impl Into<PathBuf>) -> Self {
-        Self { edit_decoder: Some(path.into()), ..self }
-    }
-
-    /// Which stages stay in memory between requests.
-    #[must_use]
-    pub fn residency(self, residency: Residency) -> Self {
-        Self { residency, ..self }
-    }
-
-    /// Dtype of the weights in memory; by default what [`Precision::of`] says of the device.
-    #[must_use]
-    pub fn weights_dtype(self, dtype: LoadDType) -> Self {
-        Self { weights_dtype: Some(dtype), ..self }
-    }
-
-    /// Dtype of the activations; by default what [`Precision::of`] says of the device.
-    #[must_use]
-    pub fn compute_dtype(self, dtype: FloatDType) -> Self {
-        Self { compute_dtype: Some(dtype), ..self }
-    }
-
-    /// Keeps the linear layers of the language model and of the decoders in 8 or 4 bits, for devices with little memory.
-    ///
-    /// A layer becomes floats again each time it is used; on a CPU, where weights stay in the mapped
-    /// file, it saves nothing.
-    #[must_use]
-    pub fn quantization(self, quantization: Quantization) -> Self {
-        Self { quantization: Some(quantization), ..self }
-    }
-
-    /// Whether every weight is read and NaN or infinity refused; off by default, because it reads the whole files.
-    #[must_use]
-    pub fn check_finite(self, check_finite: bool) -> Self {
-        Self { check_finite, ..self }
-    }
-
-    /// Largest picture that may be drawn, in pixels; 4096x4096 by default.
-    #[must_use]
-    pub fn max_picture_pixels(self, max_picture_pixels: usize) -> Self {
-        Self { max_picture_pixels, ..self }
-    }
-
-    /// Reads the configuration, checks the names, shapes and dtypes of all files that are there, and loads the vision
-    /// encoder and the language model (with [`Residency::KeepAll`]); the decoders are loaded when first used.
-    ///
-    /// # Errors
-    /// [`Error::Device`] for a dtype that the device has not, [`Error::NoSuchDirectory`], [`Error::NoModel`],
-    /// [`Error::Config`], [`Error::Data`] for the tokenizer, [`Error::OutOfDeviceMemory`], and the stages' errors for
-    /// their weights. That the decoders or FLUX files are absent is an error only when they are needed.
-    pub fn load(self, device: &Device) -> Result<Nexus, Error> {
-        self.load_with_progress(device, &mut |_| ControlFlow::Continue(()))
-    }
-
-    /// [`Loader::load`] with an observer that hears which stage is being loaded.
-    ///
-    /// # Errors
-    /// As [`Loader::load`], and [`Error::Cancelled`].
-    pub fn load_with_progress(self, device: &Device, observer: &mut Observer<'_>) -> Result<Nexus, Error> {
-        let suited = Precision::of(device);
-        let precision = Precision {
-            weights: self.weights_dtype.unwrap_or(suited.weights),
-            compute: self.compute_dtype.unwrap_or(suited.compute),
-        };
-        precision.check(device)?;
-        let options =
-            LoadOptions { dtype: precision.weights, check_finite: self.check_finite, quantization: self.quantization };
-        let mut files = ModelFiles::find(&self.dir)?;
-        if let Some(dir) = self.flux_dir {
-            files.set_flux(&dir)?;
-        }
-        files.override_decoders(self.generation_decoder, self.edit_decoder)?;
-        let processor = Processor::open(&files.nexus)?;
-        let config = ArConfig::read(files.config())?;
-        check_tokenizer(&processor, &config)?;
-        let generation_config = GenerationConfig::read(files.generation_config())?;
-        let default_options = match read_json(files.default_options()) {
-            Err(ConfigError::Missing { .. }) => ChatOptions::default(),
-            read => read?,
-        };
-        let mut stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
-        if self.residency == Residency::KeepAll {
-            let loaded = catch_unwind(AssertUnwindSafe(|| {
-                stages.vision_encoder(observer)?;
-                stages.ar(observer)?;
-                Ok(())
-            }));
-            stages.judge(loaded)?;
-        }
-        let max_picture_pixels = self.max_picture_pixels;
-        Ok(Nexus { processor, stages, generation_config, default_options, max_picture_pixels })
-    }
-}
-
-/// The tokens that steer images must be the model's.
-fn check_tokenizer(processor: &Processor, config: &ArConfig) -> Result<(), ConfigError> {
-    let (special, ids) = (processor.tokenizer().special_tokens(), config.token_ids);
-    for (field, in_config, in_tokenizer) in [
-        ("vision_start_token_id", ids.vision_start_token_id, special.boi),
-        ("vision_end_token_id", ids.vision_end_token_id, special.eoi),
-        ("image_token_id", ids.image_token_id, special.image),
-    ] {
-        if in_config != in_tokenizer {
-            let reason = format!("config.json says {in_config}, but tokenizer.json says {in_tokenizer}");
-            return Err(ConfigError::incoherent(field, reason));
-        }
-    }
-    Ok(())
+    pub(crate) generation_config: GenerationConfig,
+    pub(crate) default_options: ConversationOptions,
+    pub(crate) max_picture_pixels: usize,
 }
 
 impl Nexus {
@@ -181,33 +39,16 @@ impl Nexus {
     /// # Errors
     /// As [`Loader::load`].
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self, Error> {
-        Self::loader(dir).load(device)
+        Self::loader(dir).load(device, ())
     }
 
     /// Chooses how a model is loaded.
     pub fn loader(dir: impl AsRef<Path>) -> Loader {
-        Loader {
-            dir: dir.as_ref().to_path_buf(),
-            flux_dir: None,
-            generation_decoder: None,
-            edit_decoder: None,
-            residency: Residency::default(),
-            check_finite: false,
-            weights_dtype: None,
-            compute_dtype: None,
-            quantization: None,
-            max_picture_pixels: MAX_PICTURE_PIXELS,
-        }
+        Loader::new(dir.as_ref())
     }
 
-    /// The same verbs with an observer, which hears what happens and may cancel by returning
-    /// [`ControlFlow::Break`].
-    pub fn with_progress<'a>(&'a mut self, observer: impl FnMut(Progress) -> ControlFlow<()> + 'a) -> Session<'a> {
-        Session { nexus: self, observer: Box::new(observer) }
-    }
-
-    fn quietly(&mut self) -> Session<'_> {
-        self.with_progress(|_| ControlFlow::Continue(()))
+    pub(crate) fn new(model: Model) -> Self {
+        Self { model: Arc::new(model) }
     }
 
     /// Answers a question about one or several images, given before it unless `<image>` marks in the question say
@@ -217,14 +58,23 @@ impl Nexus {
     ///
     /// # Errors
     /// [`Error::Data`] for an empty question, marks that do not match the images, or an unusable image;
-    /// [`Error::Ar`] for a prompt longer than the context or an option out of range.
+    /// [`Error::Ar`] for a prompt longer than the context or an option out of range; [`Error::Cancelled`].
     pub fn understand<'i>(
-        &mut self,
+        &self,
         images: impl Into<Images<'i>>,
         question: &str,
         options: &TextOptions,
+        observer: impl Observer,
     ) -> Result<Reply, Error> {
-        self.quietly().understand(images, question, options)
+        if question.trim().is_empty() {
+            return Err(nexus_data::DataError::EmptyPrompt.into());
+        }
+        let images: Images<'i> = images.into();
+        let mut message = Message::user();
+        for image in images.0 {
+            message = message.with_image(image.to_rgb(Alpha::OnWhite));
+        }
+        self.reply(&[message.with_text(question)], options, observer)
     }
 
     /// Draws a picture of what the prompt describes.
@@ -233,9 +83,22 @@ impl Nexus {
     /// [`Error::NoImage`] if the model answers with text only; [`Error::Data`] for an empty prompt;
     /// [`Error::Diffusion`] and [`Error::PictureTooLarge`] for options out of range; [`Error::FileMissing`] if a decoder
     /// is not there; [`Error::OutOfDeviceMemory`], [`Error::DeviceLost`] and [`Error::Read`] if the device fails;
-    /// otherwise the stages' errors.
-    pub fn generate(&mut self, prompt: &str, options: &GenerateOptions) -> Result<Picture, Error> {
-        self.quietly().generate(prompt, options)
+    /// [`Error::Cancelled`]; otherwise the stages' errors.
+    pub fn generate(
+        &self,
+        prompt: &str,
+        options: &GenerateOptions,
+        mut observer: impl Observer,
+    ) -> Result<Picture, Error> {
+        let observer: &mut dyn Observer = &mut observer;
+        self.check_drawing(&options.draw)?;
+        self.files().generation_decoder()?;
+        let language = options.language.unwrap_or_else(|| Language::detect(prompt));
+        let message = Message::text(generation_prompt(prompt, language)?);
+        let reply = self.reply(&[message], &options.text, &mut *observer)?;
+        let embeds = first_image(&reply)?;
+        let picture = self.draw(&embeds, DrawWith::GenerationDecoder, &options.draw, observer)?;
+        Ok(Picture { reply: Some(reply), ..picture })
     }
 
     /// Changes a picture as the instruction says.
@@ -244,26 +107,51 @@ impl Nexus {
     ///
     /// # Errors
     /// As [`Nexus::generate`].
-    pub fn edit(&mut self, image: &Image, instruction: &str, options: &EditOptions) -> Result<Picture, Error> {
-        self.quietly().edit(image, instruction, options)
+    pub fn edit(
+        &self,
+        image: &Image,
+        instruction: &str,
+        options: &EditOptions,
+        mut observer: impl Observer,
+    ) -> Result<Picture, Error> {
+        let observer: &mut dyn Observer = &mut observer;
+        self.check_drawing(&options.draw)?;
+        match options.decoder {
+            EditWith::EditingDecoder => self.files().edit_decoder()?,
+            EditWith::GenerationDecoder => self.files().generation_decoder()?,
+        };
+        let message = Message::user().with_text(edit_prompt(instruction)?).with_image(image.clone());
+        let reply = self.reply(&[message], &options.text, &mut *observer)?;
+        let embeds = first_image(&reply)?;
+        let reference;
+        let with = match options.decoder {
+            EditWith::EditingDecoder => {
+                reference = self.reference(image, &mut *observer)?;
+                DrawWith::EditingDecoder { reference: Some(&reference) }
+            }
+            EditWith::GenerationDecoder => DrawWith::GenerationDecoder,
+        };
+        Ok(Picture { reply: Some(reply), ..self.draw(&embeds, with, &options.draw, observer)? })
     }
 
     /// Begins a conversation with the model's default options.
-    pub fn chat(&mut self) -> Chat<'_> {
-        self.chat_with(self.default_options.clone())
+    pub fn conversation(&self) -> Conversation {
+        self.conversation_with(self.model.default_options.clone())
     }
 
     /// Begins a conversation.
-    pub fn chat_with(&mut self, options: ChatOptions) -> Chat<'_> {
-        self.quietly().chat(options)
+    pub fn conversation_with(&self, options: ConversationOptions) -> Conversation {
+        Conversation::new(self.clone(), options)
     }
 
     /// The model's answer to a conversation: text, and embeddings of pictures that are not drawn yet.
     ///
     /// # Errors
     /// As [`Nexus::understand`].
-    pub fn reply(&mut self, messages: &[Message], options: &TextOptions) -> Result<Reply, Error> {
-        self.quietly().reply(messages, options)
+    pub fn reply(&self, messages: &[Message], options: &TextOptions, observer: impl Observer) -> Result<Reply, Error> {
+        let process = ProcessOptions { max_pixels: options.max_pixels, ..ProcessOptions::default() };
+        let input = self.model.processor.process(messages, true, &process)?;
+        self.reply_to(input, options, observer)
     }
 
     /// The model's answer to a prompt that was prepared by [`Nexus::processor`], for example one that ends with the
@@ -271,24 +159,42 @@ impl Nexus {
     ///
     /// # Errors
     /// As [`Nexus::understand`].
-    pub fn reply_to(&mut self, input: ModelInput, options: &TextOptions) -> Result<Reply, Error> {
-        self.quietly().reply_to(input, options)
+    pub fn reply_to(
+        &self,
+        input: ModelInput,
+        options: &TextOptions,
+        mut observer: impl Observer,
+    ) -> Result<Reply, Error> {
+        let ModelInput { text, token_ids, images } = input;
+        let Model { processor, stages, .. } = &*self.model;
+        let generation = stages.run(|| {
+            let images = stages.encode(images, &mut observer)?;
+            self.generate_tokens(&token_ids, &images, options, &mut observer)
+        })?;
+        let text_of_reply = processor.decode_reply(generation.new_token_ids())?;
+        Ok(Reply { text: text_of_reply, prompt: text, generation })
     }
 
     /// Embeddings of an image as the language model sees it, at most `max_pixels` large.
     ///
     /// # Errors
-    /// [`Error::Data`] if the image cannot be used.
-    pub fn embed(&mut self, image: &Image, max_pixels: usize) -> Result<ImageEmbeds, Error> {
-        self.quietly().embed(image, max_pixels)
+    /// [`Error::Data`] if the image cannot be used; [`Error::Cancelled`].
+    pub fn embed(&self, image: &Image, max_pixels: usize, observer: impl Observer) -> Result<ImageEmbeds, Error> {
+        let processor = self.model.processor.image_processor();
+        self.encode(processor.patches(&processor.bound(image, max_pixels)?)?, observer)
     }
 
     /// Embeddings of an image as the editing decoder sees it: 324, whatever its size and shape.
     ///
     /// # Errors
-    /// [`Error::Data`] if the image cannot be used.
-    pub fn reference(&mut self, image: &Image) -> Result<ImageEmbeds, Error> {
-        self.quietly().reference(image)
+    /// [`Error::Data`] if the image cannot be used; [`Error::Cancelled`].
+    pub fn reference(&self, image: &Image, observer: impl Observer) -> Result<ImageEmbeds, Error> {
+        self.encode(self.model.processor.image_processor().reference_patches(image)?, observer)
+    }
+
+    fn encode(&self, patches: Patches, mut observer: impl Observer) -> Result<ImageEmbeds, Error> {
+        let stages = &self.model.stages;
+        stages.run(|| stages.encode_one(patches, &mut observer))
     }
 
     /// Draws embeddings: predicted ones, or those of an image.
@@ -297,71 +203,103 @@ impl Nexus {
     ///
     /// # Errors
     /// As [`Nexus::generate`].
-    pub fn draw(&mut self, embeds: &ImageEmbeds, with: DrawWith<'_>, options: &DrawOptions) -> Result<Picture, Error> {
-        self.quietly().draw(embeds, with, options)
+    pub fn draw(
+        &self,
+        embeds: &ImageEmbeds,
+        with: DrawWith<'_>,
+        options: &DrawOptions,
+        mut observer: impl Observer,
+    ) -> Result<Picture, Error> {
+        let size = self.check_drawing(options)?;
+        let (height, width) = size.pixels();
+        if (options.width, options.height) != (width, height) {
+            let asked = (options.width, options.height);
+            log::warn!("{}x{} is not a multiple of 16 pixels: drawing {width}x{height}", asked.0, asked.1);
+            emit(&mut observer, Progress::SizeRounded { asked, used: (width, height) })?;
+        }
+        let stages = &self.model.stages;
+        let (latents, image) = stages.run(|| {
+            let latents = stages.denoise(embeds, with, size, options, &mut observer)?;
+            let image = stages.decode(latents.clone(), options.tiled, &mut observer)?;
+            Ok((latents, image))
+        })?;
+        let reference = match with {
+            DrawWith::EditingDecoder { reference } => reference.cloned(),
+            DrawWith::GenerationDecoder => None,
+        };
+        Ok(Picture { image, embeds: embeds.clone(), reference, latents, reply: None })
     }
 
     /// Tokenizer and image processor of the model.
     pub fn processor(&self) -> &Processor {
-        &self.processor
+        &self.model.processor
     }
 
     /// Where the model's files are.
     pub fn files(&self) -> &ModelFiles {
-        &self.stages.files
+        &self.model.stages.files
     }
 
     /// Options that suit the model: what `nexus_options.json` says, or those of the original's scripts without it.
-    pub fn default_options(&self) -> &ChatOptions {
-        &self.default_options
+    pub fn default_options(&self) -> &ConversationOptions {
+        &self.model.default_options
     }
 
     /// What `generation_config.json` says.
     pub fn generation_config(&self) -> &GenerationConfig {
-        &self.generation_config
+        &self.model.generation_config
     }
 
-    /// Frees every stage and the prompts that were kept; they are loaded and encoded again when needed.
-    pub fn unload(&mut self) {
-        self.stages.unload();
+    /// The stages that are in memory, with the bytes of their weights; on a CPU these are in the mapped files.
+    pub fn loaded(&self) -> Vec<(Stage, usize)> {
+        self.model.stages.loaded()
     }
 
-    pub(crate) fn check_drawing(&self, options: &DrawOptions) -> Result<LatentSize, Error> {
+    /// Frees every stage and the prompts that were kept; they are loaded and encoded again when needed. What a request
+    /// on another thread uses stays until that is done.
+    pub fn unload(&self) {
+        self.model.stages.unload();
+    }
+
+    fn check_drawing(&self, options: &DrawOptions) -> Result<LatentSize, Error> {
         let DrawOptions { width, height, .. } = *options;
         options.denoise().validate()?;
         let size = LatentSize::from_pixels(height, width)?;
         let (used_height, used_width) = size.pixels();
-        if used_height.saturating_mul(used_width) > self.max_picture_pixels {
-            return Err(Error::PictureTooLarge { width, height, max_pixels: self.max_picture_pixels });
+        let max_pixels = self.model.max_picture_pixels;
+        if used_height.saturating_mul(used_width) > max_pixels {
+            return Err(Error::PictureTooLarge { width, height, max_pixels });
         }
         Ok(size)
     }
 
-    pub(crate) fn generate_tokens(
-        &mut self,
+    fn generate_tokens(
+        &self,
         token_ids: &[u32],
         images: &[ImageEmbeds],
         options: &TextOptions,
-        observer: &mut Observer<'_>,
+        observer: &mut dyn Observer,
     ) -> Result<Generation, Error> {
-        let from_config = || SamplingOptions::from_config(&self.generation_config, 0);
+        let Model { processor, stages, generation_config: config, .. } = &*self.model;
+        let from_config = || SamplingOptions::from_config(config, 0);
         let generate_options = nexus_ar::GenerateOptions {
             max_new_tokens: options.max_new_tokens,
+            min_new_tokens: options.min_new_tokens,
             sampling: options.sampling.clone().unwrap_or_else(from_config),
-            eos_token_ids: self.generation_config.eos_token_id.clone(),
+            eos_token_ids: config.eos_token_id.clone(),
             image_pass: options.image_pass,
             positions_after_image: options.positions_after_image,
-            dtype: self.stages.compute_dtype,
+            dtype: stages.compute_dtype,
             keep_scores: options.keep_scores,
         };
-        let ar = self.stages.ar(observer)?;
+        let ar = stages.ar(observer)?;
         emit(observer, Progress::Running(Stage::Ar))?;
-        let mut text = self.processor.tokenizer().decode_stream(true);
+        let mut text = processor.tokenizer().decode_stream(true);
         let mut num_images = 0;
         let mut failed = None;
         let mut hear = |event: GenerateEvent<'_>| {
             let progress = match event {
-                GenerateEvent::PromptRead { tokens } => Progress::PromptRead { tokens },
+                GenerateEvent::PromptRead { tokens, reused } => Progress::PromptRead { tokens, reused },
                 GenerateEvent::Token { id } => match text.push(id) {
                     Ok(Some(piece)) => Progress::Text(piece),
                     Ok(None) => return ControlFlow::Continue(()),
@@ -376,10 +314,10 @@ impl Nexus {
                 }
                 _ => return ControlFlow::Continue(()),
             };
-            observer(progress)
+            observer.hear(progress)
         };
         let prompt = Prompt { token_ids, images };
-        let generation = nexus_ar::generate(ar, prompt, &generate_options, &mut hear)?;
+        let generation = nexus_ar::generate(&ar, prompt, &generate_options, &mut hear)?;
         if let Some(error) = failed {
             return Err(error.into());
         }
@@ -387,5 +325,20 @@ impl Nexus {
             nexus_ar::FinishReason::Stopped => Err(Error::Cancelled),
             _ => Ok(generation),
         }
+    }
+}
+
+fn first_image(reply: &Reply) -> Result<ImageEmbeds, Error> {
+    reply.generation.images.first().cloned().ok_or_else(|| Error::NoImage { reply: reply.text.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_goes_to_any_thread() {
+        fn shared<T: Clone + Send + Sync + 'static>() {}
+        shared::<Nexus>();
     }
 }

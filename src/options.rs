@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub struct TextOptions {
     /// Longest reply in tokens, the 81 of each picture included.
     pub max_new_tokens: usize,
+    /// Shortest reply in tokens: until then the model cannot end it. From `max_new_tokens` on, it never can.
+    pub min_new_tokens: usize,
     /// How tokens are chosen; `None` takes `generation_config.json` with seed 0.
     pub sampling: Option<SamplingOptions>,
     /// Largest area of an input image as the language model sees it, in pixels.
@@ -28,6 +30,7 @@ impl Default for TextOptions {
     fn default() -> Self {
         Self {
             max_new_tokens: 1024,
+            min_new_tokens: 0,
             sampling: None,
             max_pixels: MAX_PIXELS_AR,
             image_pass: ImagePass::default(),
@@ -78,95 +81,26 @@ impl Default for DrawOptions {
     }
 }
 
-/// Options of [`crate::Nexus::generate`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Options of [`crate::Nexus::generate`]; in a file, those of `draw` stand beside the others.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GenerateOptions {
-    /// Width in pixels; rounded up to a multiple of 16.
-    pub width: usize,
-    /// Height in pixels; rounded up to a multiple of 16.
-    pub height: usize,
-    /// Denoising steps.
-    pub steps: usize,
-    /// Classifier-free guidance: how far to move away from the negative prompt; 1 is off and twice as fast.
-    pub cfg_scale: f64,
-    /// FLUX's guidance, embedded into the transformer.
-    pub embedded_guidance: f64,
-    /// What the picture should not show; used if `cfg_scale` is not 1.
-    pub negative_prompt: String,
-    /// What the picture starts from.
-    #[serde(with = "noise_seed")]
-    pub noise: Noise,
-    /// TeaCache: skips steps whose input hardly changes, up to this accumulated change.
-    pub tea_cache: Option<f64>,
-    /// Draws and decodes in overlapping tiles, for large pictures.
-    pub tiled: bool,
+    /// How the picture is drawn.
+    #[serde(flatten)]
+    pub draw: DrawOptions,
     /// Language of the words around the description; `None` follows the description.
     pub language: Option<Language>,
     /// How the model reads and writes.
     pub text: TextOptions,
 }
 
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        let DrawOptions {
-            width,
-            height,
-            steps,
-            cfg_scale,
-            embedded_guidance,
-            negative_prompt,
-            noise,
-            tea_cache,
-            tiled,
-        } = DrawOptions::default();
-        Self {
-            width,
-            height,
-            steps,
-            cfg_scale,
-            embedded_guidance,
-            negative_prompt,
-            noise,
-            tea_cache,
-            tiled,
-            language: None,
-            text: TextOptions::default(),
-        }
-    }
-}
-
-impl From<&GenerateOptions> for DrawOptions {
-    fn from(options: &GenerateOptions) -> Self {
-        let GenerateOptions { width, height, steps, cfg_scale, embedded_guidance, tea_cache, tiled, .. } = *options;
-        let (negative_prompt, noise) = (options.negative_prompt.clone(), options.noise.clone());
-        Self { width, height, steps, cfg_scale, embedded_guidance, negative_prompt, noise, tea_cache, tiled }
-    }
-}
-
-/// Options of [`crate::Nexus::edit`].
+/// Options of [`crate::Nexus::edit`]; in a file, those of `draw` stand beside the others.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EditOptions {
-    /// Width in pixels; rounded up to a multiple of 16.
-    pub width: usize,
-    /// Height in pixels; rounded up to a multiple of 16.
-    pub height: usize,
-    /// Denoising steps.
-    pub steps: usize,
-    /// Classifier-free guidance: how far to move away from the negative prompt; 1 is off and twice as fast.
-    pub cfg_scale: f64,
-    /// FLUX's guidance, embedded into the transformer.
-    pub embedded_guidance: f64,
-    /// What the picture should not show; used if `cfg_scale` is not 1.
-    pub negative_prompt: String,
-    /// What the picture starts from.
-    #[serde(with = "noise_seed")]
-    pub noise: Noise,
-    /// TeaCache: skips steps whose input hardly changes, up to this accumulated change.
-    pub tea_cache: Option<f64>,
-    /// Draws and decodes in overlapping tiles, for large pictures.
-    pub tiled: bool,
+    /// How the picture is drawn.
+    #[serde(flatten, deserialize_with = "edit_draw")]
+    pub draw: DrawOptions,
     /// Which decoder draws.
     pub decoder: EditWith,
     /// How the model reads and writes.
@@ -175,30 +109,27 @@ pub struct EditOptions {
 
 impl Default for EditOptions {
     fn default() -> Self {
-        let DrawOptions { width, height, steps, embedded_guidance, negative_prompt, tea_cache, tiled, .. } =
-            DrawOptions::default();
         Self {
-            width,
-            height,
-            steps,
-            cfg_scale: 1.0,
-            embedded_guidance,
-            negative_prompt,
-            noise: Noise::Seed(42),
-            tea_cache,
-            tiled,
+            draw: DrawOptions { cfg_scale: 1.0, noise: Noise::Seed(42), ..DrawOptions::default() },
             decoder: EditWith::default(),
             text: TextOptions::default(),
         }
     }
 }
 
-impl From<&EditOptions> for DrawOptions {
-    fn from(options: &EditOptions) -> Self {
-        let EditOptions { width, height, steps, cfg_scale, embedded_guidance, tea_cache, tiled, .. } = *options;
-        let (negative_prompt, noise) = (options.negative_prompt.clone(), options.noise.clone());
-        Self { width, height, steps, cfg_scale, embedded_guidance, negative_prompt, noise, tea_cache, tiled }
+/// Reads options that are those of [`EditOptions::default`] where a file says nothing.
+fn edit_draw<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<DrawOptions, D::Error> {
+    #[derive(Deserialize)]
+    struct Fields {
+        cfg_scale: Option<f64>,
+        noise: Option<u64>,
+        #[serde(flatten)]
+        draw: DrawOptions,
     }
+    let Fields { cfg_scale, noise, draw } = Fields::deserialize(deserializer)?;
+    let defaults = EditOptions::default().draw;
+    let noise = noise.map_or(defaults.noise, Noise::Seed);
+    Ok(DrawOptions { cfg_scale: cfg_scale.unwrap_or(defaults.cfg_scale), noise, ..draw })
 }
 
 /// The decoder that draws a changed picture.
@@ -237,5 +168,37 @@ mod noise_seed {
 
     pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Noise, D::Error> {
         Ok(Noise::Seed(u64::deserialize(deserializer)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_a_file_stand_flat_and_the_rest_are_the_defaults_of_the_verb() {
+        let text = r#"{"width": 144, "text": {"max_new_tokens": 7}, "noise": 3, "cfg_scale": 2}"#;
+        let generate: GenerateOptions = serde_json::from_str(text).unwrap();
+        let edit: EditOptions = serde_json::from_str(text).unwrap();
+        for (draw, text) in [(&generate.draw, &generate.text), (&edit.draw, &edit.text)] {
+            assert_eq!((draw.width, draw.height, draw.cfg_scale, text.max_new_tokens), (144, 512, 2.0, 7));
+            assert!(matches!(draw.noise, Noise::Seed(3)));
+        }
+        let (generate, edit): (GenerateOptions, EditOptions) = (
+            serde_json::from_str("{}").unwrap(),
+            serde_json::from_str(r#"{"decoder": "generation_decoder"}"#).unwrap(),
+        );
+        assert!(matches!((generate.draw.cfg_scale, &generate.draw.noise), (3.0, Noise::Seed(52))));
+        assert!(matches!((edit.draw.cfg_scale, &edit.draw.noise), (1.0, Noise::Seed(42))));
+        assert_eq!(edit.decoder, EditWith::GenerationDecoder);
+    }
+
+    #[test]
+    fn options_survive_a_file() {
+        let options = EditOptions { decoder: EditWith::GenerationDecoder, ..EditOptions::default() };
+        let written = serde_json::to_value(&options).unwrap();
+        assert_eq!(written["steps"], 50);
+        let read: EditOptions = serde_json::from_value(written.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), written);
     }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use crate::Error;
+
 /// Parts of the model that are loaded and run on their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -45,6 +47,8 @@ pub enum Progress {
     PromptRead {
         /// Its length in tokens.
         tokens: usize,
+        /// Tokens at its start that a conversation had read before.
+        reused: usize,
     },
     /// The model has written some text.
     Text(String),
@@ -69,5 +73,53 @@ pub enum Progress {
     },
 }
 
-/// Hears events and says whether to go on; [`ControlFlow::Break`] ends the request with [`crate::Error::Cancelled`].
-pub type Observer<'a> = dyn FnMut(Progress) -> ControlFlow<()> + 'a;
+/// Hears the events of a request and says whether it goes on; [`ControlFlow::Break`] ends it with [`Error::Cancelled`].
+///
+/// `()` hears nothing; a closure is an observer, and so is `&mut` of one. A type of your own is passed by value, or as
+/// `&mut dyn Observer`. An observer runs on the thread of its request, which waits for it; it must not call the model that
+/// it watches, which may wait for the request to end.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use nexus::Progress;
+///
+/// let observer = |event: Progress| {
+///     if let Progress::Step { done, total } = event {
+///         println!("{done} of {total}");
+///     }
+///     ControlFlow::Continue(())
+/// };
+/// # fn heard(_: impl nexus::Observer) {}
+/// # heard(observer);
+/// ```
+pub trait Observer {
+    /// Takes the next event.
+    fn hear(&mut self, event: Progress) -> ControlFlow<()>;
+}
+
+impl Observer for () {
+    fn hear(&mut self, _: Progress) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+impl<F: FnMut(Progress) -> ControlFlow<()>> Observer for F {
+    fn hear(&mut self, event: Progress) -> ControlFlow<()> {
+        self(event)
+    }
+}
+
+impl Observer for &mut (dyn Observer + '_) {
+    fn hear(&mut self, event: Progress) -> ControlFlow<()> {
+        (**self).hear(event)
+    }
+}
+
+/// Passes an event on; a break becomes [`Error::Cancelled`].
+pub(crate) fn emit(observer: &mut dyn Observer, event: Progress) -> Result<(), Error> {
+    match observer.hear(event) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled),
+    }
+}

@@ -1,6 +1,10 @@
 //! The stages of the model: which are in memory, how they are loaded, and what each does with its input.
 
-use std::{ops::ControlFlow, path::Path};
+use std::{
+    ops::{ControlFlow, Deref},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+};
 
 use burn::{
     module::Module,
@@ -23,7 +27,8 @@ use crate::{
     DrawOptions, DrawWith, Error, ModelFiles, Observer, Progress, Stage,
     device::is_cpu,
     error::{read, read_data},
-    session::emit,
+    progress::emit,
+    slot::{Slot, lock},
 };
 
 /// Which stages stay in memory between requests.
@@ -47,13 +52,29 @@ pub(crate) struct Stages {
     pub(crate) device: Device,
     options: LoadOptions,
     residency: Residency,
-    vision_encoder: Option<VisionEncoder>,
-    ar: Option<ArModel>,
-    generation_decoder: Option<GenerationDecoder>,
-    editing_decoder: Option<EditingDecoder>,
-    autoencoder: Option<Autoencoder>,
-    empty_prompt: Option<Tensor<2>>,
-    negative_prompt: Option<(String, Branch)>,
+    vision_encoder: Slot<VisionEncoder>,
+    ar: Slot<ArModel>,
+    generation_decoder: Slot<GenerationDecoder>,
+    editing_decoder: Slot<EditingDecoder>,
+    autoencoder: Slot<Autoencoder>,
+    empty_prompt: Mutex<Option<Tensor<2>>>,
+    negative_prompt: Mutex<Option<(String, Branch)>>,
+    /// Held by who uses a stage, with [`Residency::OneStageAtATime`]: the other requests wait for their turn.
+    turn: Mutex<()>,
+}
+
+/// A stage in use.
+pub(crate) struct Lease<'a, T> {
+    stage: Arc<T>,
+    _turn: Option<MutexGuard<'a, ()>>,
+}
+
+impl<T> Deref for Lease<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.stage
+    }
 }
 
 impl Stages {
@@ -77,13 +98,14 @@ impl Stages {
             device: device.clone(),
             options,
             residency,
-            vision_encoder: None,
-            ar: None,
-            generation_decoder: None,
-            editing_decoder: None,
-            autoencoder: None,
-            empty_prompt: None,
-            negative_prompt: None,
+            vision_encoder: Slot::empty(),
+            ar: Slot::empty(),
+            generation_decoder: Slot::empty(),
+            editing_decoder: Slot::empty(),
+            autoencoder: Slot::empty(),
+            empty_prompt: Mutex::new(None),
+            negative_prompt: Mutex::new(None),
+            turn: Mutex::new(()),
         };
         stages.check()?;
         Ok(stages)
@@ -142,26 +164,63 @@ impl Stages {
     }
 
     /// Frees everything on the device: every stage, and the prompts that were kept.
-    pub(crate) fn unload(&mut self) {
-        self.empty_prompt = None;
-        self.negative_prompt = None;
+    pub(crate) fn unload(&self) {
+        *lock(&self.empty_prompt) = None;
+        *lock(&self.negative_prompt) = None;
         self.free_stages();
     }
 
-    fn free_stages(&mut self) {
-        self.vision_encoder = None;
-        self.ar = None;
-        self.generation_decoder = None;
-        self.editing_decoder = None;
-        self.autoencoder = None;
+    fn free_stages(&self) {
+        self.vision_encoder.free();
+        self.ar.free();
+        self.generation_decoder.free();
+        self.editing_decoder.free();
+        self.autoencoder.free();
         self.device.memory_cleanup();
     }
 
-    fn announce(&mut self, stage: Stage, observer: &mut Observer<'_>) -> Result<(), Error> {
+    /// The stages that are in memory, with the bytes of their weights.
+    pub(crate) fn loaded(&self) -> Vec<(Stage, usize)> {
+        let all = [
+            (Stage::VisionEncoder, self.vision_encoder.num_bytes()),
+            (Stage::Ar, self.ar.num_bytes()),
+            (Stage::GenerationDecoder, self.generation_decoder.num_bytes()),
+            (Stage::EditingDecoder, self.editing_decoder.num_bytes()),
+            (Stage::Autoencoder, self.autoencoder.num_bytes()),
+        ];
+        all.into_iter().filter(|(_, bytes)| *bytes > 0).collect()
+    }
+
+    /// Waits until no other request uses a stage, if only one may be in memory.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        (self.residency == Residency::OneStageAtATime).then(|| lock(&self.turn))
+    }
+
+    /// Says what is loaded next, and makes room for it.
+    fn announce(&self, stage: Stage, observer: &mut dyn Observer) -> Result<(), Error> {
         if self.residency == Residency::OneStageAtATime {
             self.free_stages();
         }
         emit(observer, Progress::Loading(stage))
+    }
+
+    /// A stage for the time of its use, loaded if it is not in memory.
+    fn lease<'a, T: Module>(
+        &'a self,
+        stage: Stage,
+        slot: &Slot<T>,
+        observer: &mut dyn Observer,
+        load: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<Lease<'a, T>, Error> {
+        let turn = self.turn();
+        let loaded = match slot.get() {
+            Some(loaded) => loaded,
+            None => {
+                self.announce(stage, observer)?;
+                slot.get_or_load(|| self.arrived(load()?))?
+            }
+        };
+        Ok(Lease { stage: loaded, _turn: turn })
     }
 
     /// A module that was loaded, once all of its weights are on the device. On a CPU they are in the mapped file.
@@ -173,82 +232,49 @@ impl Stages {
         Ok(module)
     }
 
-    pub(crate) fn vision_encoder(&mut self, observer: &mut Observer<'_>) -> Result<&VisionEncoder, Error> {
-        let loaded = match self.vision_encoder.take() {
-            Some(loaded) => loaded,
-            None => {
-                self.announce(Stage::VisionEncoder, observer)?;
-                self.arrived(VisionEncoder::load(
-                    &self.language_model,
-                    &self.vision_config,
-                    &self.device,
-                    &self.unquantized(),
-                )?)?
-            }
-        };
-        Ok(self.vision_encoder.insert(loaded))
+    pub(crate) fn vision_encoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, VisionEncoder>, Error> {
+        self.lease(Stage::VisionEncoder, &self.vision_encoder, observer, || {
+            let (checkpoint, config) = (&self.language_model, &self.vision_config);
+            Ok(VisionEncoder::load(checkpoint, config, &self.device, &self.unquantized())?)
+        })
     }
 
-    pub(crate) fn ar(&mut self, observer: &mut Observer<'_>) -> Result<&ArModel, Error> {
-        let loaded = match self.ar.take() {
-            Some(loaded) => loaded,
-            None => {
-                self.announce(Stage::Ar, observer)?;
-                self.arrived(ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?)?
-            }
-        };
-        Ok(self.ar.insert(loaded))
+    pub(crate) fn ar(&self, observer: &mut dyn Observer) -> Result<Lease<'_, ArModel>, Error> {
+        self.lease(Stage::Ar, &self.ar, observer, || {
+            Ok(ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?)
+        })
     }
 
-    fn generation_decoder(&mut self, observer: &mut Observer<'_>) -> Result<&GenerationDecoder, Error> {
-        let loaded = match self.generation_decoder.take() {
-            Some(loaded) => loaded,
-            None => {
-                let path = self.files.generation_decoder()?;
-                self.announce(Stage::GenerationDecoder, observer)?;
-                let config = self.diffusion_config(&path)?;
-                self.arrived(GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)?
-            }
-        };
-        Ok(self.generation_decoder.insert(loaded))
+    fn generation_decoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, GenerationDecoder>, Error> {
+        let path = self.files.generation_decoder()?;
+        self.lease(Stage::GenerationDecoder, &self.generation_decoder, observer, || {
+            let config = self.diffusion_config(&path)?;
+            Ok(GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)
+        })
     }
 
-    fn editing_decoder(&mut self, observer: &mut Observer<'_>) -> Result<&EditingDecoder, Error> {
-        let loaded = match self.editing_decoder.take() {
-            Some(loaded) => loaded,
-            None => {
-                let path = self.files.edit_decoder()?;
-                self.announce(Stage::EditingDecoder, observer)?;
-                let config = self.diffusion_config(&path)?;
-                self.arrived(EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)?
-            }
-        };
-        Ok(self.editing_decoder.insert(loaded))
+    fn editing_decoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, EditingDecoder>, Error> {
+        let path = self.files.edit_decoder()?;
+        self.lease(Stage::EditingDecoder, &self.editing_decoder, observer, || {
+            let config = self.diffusion_config(&path)?;
+            Ok(EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)
+        })
     }
 
-    fn autoencoder(&mut self, observer: &mut Observer<'_>) -> Result<&Autoencoder, Error> {
-        let loaded = match self.autoencoder.take() {
-            Some(loaded) => loaded,
-            None => {
-                let path = self.files.autoencoder()?;
-                self.announce(Stage::Autoencoder, observer)?;
-                let config = AutoencoderConfig::read_beside(&self.files.flux)?;
-                self.arrived(Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?)?
-            }
-        };
-        Ok(self.autoencoder.insert(loaded))
+    fn autoencoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, Autoencoder>, Error> {
+        let path = self.files.autoencoder()?;
+        self.lease(Stage::Autoencoder, &self.autoencoder, observer, || {
+            let config = AutoencoderConfig::read_beside(&self.files.flux)?;
+            Ok(Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?)
+        })
     }
 
     /// Embeddings of images, each encoded on its own; none without loading anything.
-    pub(crate) fn encode(
-        &mut self,
-        images: Vec<Patches>,
-        observer: &mut Observer<'_>,
-    ) -> Result<Vec<ImageEmbeds>, Error> {
+    pub(crate) fn encode(&self, images: Vec<Patches>, observer: &mut dyn Observer) -> Result<Vec<ImageEmbeds>, Error> {
         images.into_iter().map(|patches| self.encode_one(patches, observer)).collect()
     }
 
-    pub(crate) fn encode_one(&mut self, patches: Patches, observer: &mut Observer<'_>) -> Result<ImageEmbeds, Error> {
+    pub(crate) fn encode_one(&self, patches: Patches, observer: &mut dyn Observer) -> Result<ImageEmbeds, Error> {
         let (device, dtype) = (self.device.clone(), self.compute_dtype);
         let encoder = self.vision_encoder(observer)?;
         emit(observer, Progress::Running(Stage::VisionEncoder))?;
@@ -259,12 +285,12 @@ impl Stages {
 
     /// Draws latents from embeddings.
     pub(crate) fn denoise(
-        &mut self,
+        &self,
         embeds: &ImageEmbeds,
         with: DrawWith<'_>,
         size: LatentSize,
         options: &DrawOptions,
-        observer: &mut Observer<'_>,
+        observer: &mut dyn Observer,
     ) -> Result<Tensor<4>, Error> {
         let denoise = options.denoise();
         let pooled = self.empty_prompt(observer)?;
@@ -281,14 +307,17 @@ impl Stages {
             Noise::Latents(latents) => Noise::Latents(adopt(latents, &device, dtype)?),
             seed @ Noise::Seed(_) => seed.clone(),
         };
+        let (generation, editing);
         let (conditioning, dit, stage) = match with {
             DrawWith::GenerationDecoder => {
-                let decoder = self.generation_decoder(observer)?;
+                generation = self.generation_decoder(observer)?;
+                let decoder = &*generation;
                 (decoder.condition(&embeds)?, &decoder.dit, Stage::GenerationDecoder)
             }
             DrawWith::EditingDecoder { reference } => {
                 let reference = reference.map(adopt_embeds).transpose()?;
-                let decoder = self.editing_decoder(observer)?;
+                editing = self.editing_decoder(observer)?;
+                let decoder = &*editing;
                 (decoder.condition(&embeds, reference.as_ref(), size)?, &decoder.dit, Stage::EditingDecoder)
             }
         };
@@ -298,7 +327,7 @@ impl Stages {
         let noise = noise.into_latents(dit.latent_channels(), size, dtype, &device)?;
         let mut state = denoiser.start(noise, None)?;
         let flow = denoiser
-            .run(&mut state, &mut |event| observer(Progress::Step { done: event.step, total: event.num_steps }));
+            .run(&mut state, &mut |event| observer.hear(Progress::Step { done: event.step, total: event.num_steps }));
         match flow {
             ControlFlow::Continue(()) => Ok(state.latents),
             ControlFlow::Break(()) => Err(Error::Cancelled),
@@ -306,12 +335,7 @@ impl Stages {
     }
 
     /// Pixels of latents, truncated to 8 bits as in the original.
-    pub(crate) fn decode(
-        &mut self,
-        latents: Tensor<4>,
-        tiled: bool,
-        observer: &mut Observer<'_>,
-    ) -> Result<Image, Error> {
+    pub(crate) fn decode(&self, latents: Tensor<4>, tiled: bool, observer: &mut dyn Observer) -> Result<Image, Error> {
         let (height, width) = LatentSize::of(&latents).pixels();
         let autoencoder = self.autoencoder(observer)?;
         emit(observer, Progress::Running(Stage::Autoencoder))?;
@@ -320,17 +344,17 @@ impl Stages {
     }
 
     /// Pooled vector of the empty prompt, which the original gives to every positive branch.
-    fn empty_prompt(&mut self, observer: &mut Observer<'_>) -> Result<Tensor<2>, Error> {
-        if let Some(pooled) = &self.empty_prompt {
+    fn empty_prompt(&self, observer: &mut dyn Observer) -> Result<Tensor<2>, Error> {
+        if let Some(pooled) = &*lock(&self.empty_prompt) {
             return Ok(pooled.clone());
         }
         let pooled = self.clip("", observer)?;
-        Ok(self.empty_prompt.insert(pooled).clone())
+        Ok(lock(&self.empty_prompt).insert(pooled).clone())
     }
 
     /// What a negative prompt is to the transformer; the latest one is kept.
-    fn negative_prompt(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Branch, Error> {
-        if let Some((kept, branch)) = &self.negative_prompt
+    fn negative_prompt(&self, prompt: &str, observer: &mut dyn Observer) -> Result<Branch, Error> {
+        if let Some((kept, branch)) = &*lock(&self.negative_prompt)
             && kept == prompt
         {
             return Ok(branch.clone());
@@ -338,30 +362,32 @@ impl Stages {
         let pooled = if prompt.is_empty() { self.empty_prompt(observer)? } else { self.clip(prompt, observer)? };
         let conditioning = Conditioning::without_positions(self.t5(prompt, observer)?);
         let branch = Branch { conditioning, pooled };
-        self.negative_prompt = Some((prompt.to_string(), branch.clone()));
+        *lock(&self.negative_prompt) = Some((prompt.to_string(), branch.clone()));
         Ok(branch)
     }
 
-    fn clip(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Tensor<2>, Error> {
+    fn clip(&self, prompt: &str, observer: &mut dyn Observer) -> Result<Tensor<2>, Error> {
         let dir = self.files.text_encoder()?;
         let config = ClipConfig::read(&dir.join("config.json"))?;
         let ids = match prompt.is_empty() {
             true => clip_empty_ids(config.vocab_size, config.max_position_embeddings),
             false => ClipTokenizer::open(self.files.clip_tokenizer()?)?.encode_padded(prompt)?,
         };
+        let _turn = self.turn();
         self.announce(Stage::TextEncoders, observer)?;
         let clip =
             self.arrived(ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
         Ok(clip.pooled(&ids, self.compute_dtype)?)
     }
 
-    fn t5(&mut self, prompt: &str, observer: &mut Observer<'_>) -> Result<Tensor<3>, Error> {
+    fn t5(&self, prompt: &str, observer: &mut dyn Observer) -> Result<Tensor<3>, Error> {
         let dir = self.files.text_encoder_2()?;
         let config = T5Config::read(&dir.join("config.json"))?;
         let ids = match prompt.is_empty() {
             true => t5_empty_ids(T5_LEN),
             false => T5Tokenizer::open(self.files.t5_tokenizer()?)?.encode_padded(prompt)?,
         };
+        let _turn = self.turn();
         self.announce(Stage::TextEncoders, observer)?;
         let t5 = self.arrived(T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
         Ok(t5.encode(&ids, self.compute_dtype)?)

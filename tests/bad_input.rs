@@ -99,12 +99,24 @@ fn image() -> Image {
     Image::open(fixtures_dir().join("images/photo_61x40.png")).unwrap()
 }
 
+fn small_draw() -> DrawOptions {
+    DrawOptions { width: 32, height: 32, steps: 1, cfg_scale: 1.0, ..DrawOptions::default() }
+}
+
+fn drawing(draw: DrawOptions) -> GenerateOptions {
+    GenerateOptions { draw, ..GenerateOptions::default() }
+}
+
 fn small() -> GenerateOptions {
-    GenerateOptions { width: 32, height: 32, steps: 1, cfg_scale: 1.0, ..GenerateOptions::default() }
+    drawing(small_draw())
 }
 
 fn generate_error(options: GenerateOptions) -> Error {
-    nexus().generate("A red fox under a pine", &options).unwrap_err()
+    nexus().generate("A red fox under a pine", &options, ()).unwrap_err()
+}
+
+fn draw_error(draw: DrawOptions) -> Error {
+    generate_error(drawing(draw))
 }
 
 /// The message names every one of these.
@@ -124,9 +136,9 @@ fn directories() {
     let error = Nexus::load(empty.path(), &cpu()).err().unwrap();
     assert!(matches!(error, Error::NoModel { .. }));
     says(&error, &["config.json", "Nexus-GenV2"]);
-    let error = Nexus::loader(random_models_dir()).flux_dir("no/such/flux").load(&cpu()).err().unwrap();
+    let error = Nexus::loader(random_models_dir()).flux_dir("no/such/flux").load(&cpu(), ()).err().unwrap();
     assert!(matches!(error, Error::NoSuchDirectory { .. }));
-    let error = Nexus::loader(random_models_dir()).edit_decoder("no/such.bin").load(&cpu()).err().unwrap();
+    let error = Nexus::loader(random_models_dir()).edit_decoder("no/such.bin").load(&cpu(), ()).err().unwrap();
     assert!(matches!(error, Error::FileMissing { what: "editing decoder", .. }));
 }
 
@@ -178,9 +190,9 @@ fn nan_weights_are_found_by_the_scan() {
         bytes[..2].copy_from_slice(&0x7fc0u16.to_le_bytes());
         *data = TensorData::from_bytes_vec(bytes, data.shape().clone(), data.dtype());
     });
-    let error = Nexus::loader(models.0.path()).check_finite(true).load(&cpu()).err().unwrap();
+    let error = Nexus::loader(models.0.path()).check_finite(true).load(&cpu(), ()).err().unwrap();
     says(&error, &[HEAD]);
-    let error = models.load().unwrap().generate("A red fox", &small()).unwrap_err();
+    let error = models.load().unwrap().generate("A red fox", &small(), ()).unwrap_err();
     assert!(matches!(error, Error::Ar(ArError::NotFinite { .. })), "without the scan, the scores are checked: {error}");
 }
 
@@ -212,40 +224,42 @@ fn tokenizers() {
     assert!(matches!(error, Error::Data(DataError::SpecialTokenMissing { token: "<|image_pad|>", .. })), "{error}");
     let models = Copy::new();
     models.remove("FLUX/FLUX.1-dev/tokenizer");
-    let options = GenerateOptions { cfg_scale: 2.0, negative_prompt: "blurry".into(), ..small() };
-    let error = models.load().unwrap().generate("A red fox under a pine", &options).unwrap_err();
+    let draw = DrawOptions { cfg_scale: 2.0, negative_prompt: "blurry".into(), ..small_draw() };
+    let options = drawing(draw.clone());
+    let error = models.load().unwrap().generate("A red fox under a pine", &options, ()).unwrap_err();
     assert!(matches!(error, Error::FileMissing { what: "CLIP tokenizer", .. }), "{error}");
-    let options = GenerateOptions { negative_prompt: String::new(), ..options };
-    models.load().unwrap().generate("A red fox under a pine", &options).expect("the empty prompt needs no tokenizer");
+    let options = drawing(DrawOptions { negative_prompt: String::new(), ..draw });
+    let drawn = models.load().unwrap().generate("A red fox under a pine", &options, ());
+    drawn.expect("the empty prompt needs no tokenizer");
 }
 
 #[test]
 fn absent_stages_are_missed_only_when_needed() {
     let models = Copy::new();
     models.remove("FLUX").remove("Nexus-GenV2/edit_decoder.bin");
-    let mut nexus = models.load().unwrap();
-    nexus.understand(&image(), "What differs?", &TextOptions::default()).unwrap();
-    let error = nexus.generate("A red fox under a pine", &small()).unwrap_err();
+    let nexus = models.load().unwrap();
+    nexus.understand(&image(), "What differs?", &TextOptions::default(), ()).unwrap();
+    let error = nexus.generate("A red fox under a pine", &small(), ()).unwrap_err();
     assert!(matches!(error, Error::FileMissing { .. }), "{error}");
-    let error = nexus.edit(&image(), "Turn the sky into a sunset.", &EditOptions::default()).unwrap_err();
+    let error = nexus.edit(&image(), "Turn the sky into a sunset.", &EditOptions::default(), ()).unwrap_err();
     says(&error, &["editing decoder", "edit_decoder.safetensors", "edit_decoder.bin"]);
 }
 
 #[test]
 fn prompts() {
-    let mut nexus = nexus();
+    let nexus = nexus();
     for blank in ["", " \n"] {
         let empty = |error| matches!(error, Error::Data(DataError::EmptyPrompt));
-        assert!(empty(nexus.generate(blank, &small()).unwrap_err()));
-        assert!(empty(nexus.edit(&image(), blank, &EditOptions::default()).unwrap_err()));
-        assert!(empty(nexus.understand(&image(), blank, &TextOptions::default()).unwrap_err()));
+        assert!(empty(nexus.generate(blank, &small(), ()).unwrap_err()));
+        assert!(empty(nexus.edit(&image(), blank, &EditOptions::default(), ()).unwrap_err()));
+        assert!(empty(nexus.understand(&image(), blank, &TextOptions::default(), ()).unwrap_err()));
     }
-    let error = nexus.edit(&image(), "put <image> on <image>", &EditOptions::default()).unwrap_err();
+    let error = nexus.edit(&image(), "put <image> on <image>", &EditOptions::default(), ()).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::ImageMarkers { markers: 2, images: 1 })), "{error}");
     let two = [image(), image()];
-    let error = nexus.understand(&two, "Is <image> like the other?", &TextOptions::default()).unwrap_err();
+    let error = nexus.understand(&two, "Is <image> like the other?", &TextOptions::default(), ()).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::ImageMarkers { markers: 1, images: 2 })), "{error}");
-    let error = nexus.generate("a <|image_pad|>", &small()).unwrap_err();
+    let error = nexus.generate("a <|image_pad|>", &small(), ()).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::SpecialTokenInText { .. })), "{error}");
 }
 
@@ -253,7 +267,7 @@ fn prompts() {
 fn a_prompt_longer_than_the_context() {
     let models = Copy::new();
     models.replace("Nexus-GenV2/config.json", "\"max_position_embeddings\": 128000", "\"max_position_embeddings\": 64");
-    let error = models.load().unwrap().generate(&"fox ".repeat(100), &small()).unwrap_err();
+    let error = models.load().unwrap().generate(&"fox ".repeat(100), &small(), ()).unwrap_err();
     assert!(matches!(error, Error::Ar(ArError::PromptTooLong { limit: 64, .. })), "{error}");
 }
 
@@ -273,26 +287,26 @@ fn images() {
     fs::write(&path, "no picture").unwrap();
     says(&Error::from(Image::open(&path).unwrap_err()), &["text.png"]);
     let strip = Image::from_rgb8(300, 1, vec![0; 900]).unwrap();
-    let error = nexus().understand(&strip, "What is this?", &TextOptions::default()).unwrap_err();
+    let error = nexus().understand(&strip, "What is this?", &TextOptions::default(), ()).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::AspectRatio { .. })), "{error}");
-    let error = nexus().edit(&strip, "Turn it", &EditOptions::default()).unwrap_err();
+    let error = nexus().edit(&strip, "Turn it", &EditOptions::default(), ()).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::AspectRatio { .. })), "{error}");
 }
 
 #[test]
 fn sizes_and_steps() {
     for (width, height) in [(0, 32), (32, 0), (usize::MAX, 32)] {
-        let error = generate_error(GenerateOptions { width, height, ..small() });
+        let error = draw_error(DrawOptions { width, height, ..small_draw() });
         assert!(matches!(error, Error::Diffusion(DiffusionError::ImageSize { .. })), "{error}");
     }
-    let error = generate_error(GenerateOptions { width: 100_000, height: 100_000, ..small() });
+    let error = draw_error(DrawOptions { width: 100_000, height: 100_000, ..small_draw() });
     assert!(matches!(error, Error::PictureTooLarge { .. }), "{error}");
     says(&error, &["100000x100000", "max_picture_pixels"]);
-    let error = generate_error(GenerateOptions { steps: 0, ..small() });
+    let error = draw_error(DrawOptions { steps: 0, ..small_draw() });
     says(&error, &["steps", "at least 1"]);
-    let error = generate_error(GenerateOptions { cfg_scale: f64::NAN, ..small() });
+    let error = draw_error(DrawOptions { cfg_scale: f64::NAN, ..small_draw() });
     says(&error, &["cfg_scale"]);
-    let error = generate_error(GenerateOptions { tea_cache: Some(f64::NAN), ..small() });
+    let error = draw_error(DrawOptions { tea_cache: Some(f64::NAN), ..small_draw() });
     assert!(matches!(error, Error::Diffusion(DiffusionError::Option { .. })), "{error}");
     let text = TextOptions { max_new_tokens: 0, ..TextOptions::default() };
     says(&generate_error(GenerateOptions { text, ..small() }), &["max_new_tokens"]);
@@ -304,20 +318,20 @@ fn sizes_and_steps() {
 #[test]
 fn noise_and_embeddings_of_another_shape() {
     let noise = Noise::Latents(nexus_core::testing::ramp([1, 16, 8, 8], 1));
-    let error = generate_error(GenerateOptions { noise, ..small() });
+    let error = draw_error(DrawOptions { noise, ..small_draw() });
     assert!(matches!(error, Error::Diffusion(DiffusionError::NoiseShape { .. })), "{error}");
     let grid = nexus::GridThw::GENERATED;
     let embeds = nexus::ImageEmbeds::new(nexus_core::testing::ramp([1, 81, 40], 1), grid).unwrap();
-    let error = nexus().draw(&embeds, DrawWith::GenerationDecoder, &DrawOptions::from(&small())).unwrap_err();
+    let error = nexus().draw(&embeds, DrawWith::GenerationDecoder, &small_draw(), ()).unwrap_err();
     assert!(matches!(error, Error::Diffusion(DiffusionError::EmbedsWidth { found: 40, expected: 72 })), "{error}");
     let two = nexus::ImageEmbeds::new(nexus_core::testing::ramp([2, 81, 72], 1), grid).unwrap();
-    let error = nexus().draw(&two, DrawWith::GenerationDecoder, &DrawOptions::from(&small())).unwrap_err();
+    let error = nexus().draw(&two, DrawWith::GenerationDecoder, &small_draw(), ()).unwrap_err();
     assert!(matches!(error, Error::Diffusion(DiffusionError::NoiseShape { .. })), "{error}");
 }
 
 #[test]
 fn an_output_path_that_cannot_be_written() {
-    let picture = nexus().generate("A red fox under a pine", &small()).unwrap();
+    let picture = nexus().generate("A red fox under a pine", &small(), ()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let error = picture.save(dir.path().join("absent/new.png")).unwrap_err();
     assert!(matches!(error, Error::Data(DataError::ImageWrite { .. })), "{error}");

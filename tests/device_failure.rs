@@ -27,16 +27,16 @@ struct Drawn {
 impl Drawn {
     fn new() -> Self {
         let loader = Nexus::loader(random_models_dir()).compute_dtype(FloatDType::F32);
-        let mut nexus = loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(&device()).unwrap();
+        let nexus = loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(&device(), ()).unwrap();
         let pixels = (0..3 * 252 * 252).map(|i| (i % 251) as u8).collect();
-        let embeds = nexus.embed(&Image::from_rgb8(252, 252, pixels).unwrap(), 252 * 252).unwrap();
-        let picture = nexus.draw(&embeds, DrawWith::GenerationDecoder, &options()).unwrap();
+        let embeds = nexus.embed(&Image::from_rgb8(252, 252, pixels).unwrap(), 252 * 252, ()).unwrap();
+        let picture = nexus.draw(&embeds, DrawWith::GenerationDecoder, &options(), ()).unwrap();
         Self { nexus, embeds, picture }
     }
 
     /// Draws again, with an observer that does something at the first step, and says what was loaded.
     fn draw(
-        &mut self,
+        &self,
         options: &DrawOptions,
         at_step: impl Fn() -> ControlFlow<()>,
     ) -> (Result<Picture, Error>, Vec<Stage>) {
@@ -49,14 +49,12 @@ impl Drawn {
             }
             ControlFlow::Continue(())
         };
-        let mut session = self.nexus.with_progress(observer);
-        let result = session.draw(&self.embeds, DrawWith::GenerationDecoder, options);
-        drop(session);
+        let result = self.nexus.draw(&self.embeds, DrawWith::GenerationDecoder, options, observer);
         (result, loaded)
     }
 
     /// Draws what it drew at first, and nothing else than `loads` is loaded.
-    fn assert_draws(&mut self, loads: &[Stage]) {
+    fn assert_draws(&self, loads: &[Stage]) {
         let (result, loaded) = self.draw(&options(), || ControlFlow::Continue(()));
         assert_eq!(result.unwrap().image, self.picture.image);
         assert_eq!(loaded, loads);
@@ -95,7 +93,7 @@ fn too_little_memory_is_a_reason_with_what_is_held_and_the_device_stays_usable()
 
 #[test]
 fn a_backend_that_panics_for_want_of_memory_is_an_error_and_everything_is_freed() {
-    let mut drawn = Drawn::new();
+    let drawn = Drawn::new();
     drawn.assert_draws(&[]);
     let fail = || panic!("An IO error happened\nCaused by:\n  out of device memory allocating 12345678901 bytes");
     let (result, _) = drawn.draw(&options(), fail);
@@ -112,7 +110,7 @@ fn a_backend_that_panics_for_want_of_memory_is_an_error_and_everything_is_freed(
 
 #[test]
 fn another_panic_goes_on_and_the_model_stays_usable() {
-    let mut drawn = Drawn::new();
+    let drawn = Drawn::new();
     let panic = catch_unwind(AssertUnwindSafe(|| drawn.draw(&options(), || panic!("the observer is wrong"))));
     assert_eq!(panic.map(drop).unwrap_err().downcast_ref::<&str>(), Some(&"the observer is wrong"));
     drawn.assert_draws(&ALL);
@@ -120,7 +118,7 @@ fn another_panic_goes_on_and_the_model_stays_usable() {
 
 #[test]
 fn what_is_not_the_devices_fault_frees_nothing() {
-    let mut drawn = Drawn::new();
+    let drawn = Drawn::new();
     let (cancelled, _) = drawn.draw(&options(), || ControlFlow::Break(()));
     assert!(matches!(cancelled, Err(Error::Cancelled)));
     drawn.assert_draws(&[]);
@@ -132,7 +130,7 @@ fn what_is_not_the_devices_fault_frees_nothing() {
 
 #[test]
 fn unloading_frees_the_prompts_too() {
-    let mut drawn = Drawn::new();
+    let drawn = Drawn::new();
     drawn.nexus.unload();
     drawn.assert_draws(&ALL);
 }

@@ -30,25 +30,25 @@ macro_rules! elsewhere {
 #[test]
 fn embeddings_and_noise_are_drawn_wherever_they_were_made() {
     let loader = Nexus::loader(random_models_dir()).compute_dtype(FloatDType::F32);
-    let mut nexus = loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(&device()).unwrap();
+    let nexus = loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(&device(), ()).unwrap();
     let image = Image::from_rgb8(252, 252, (0..3 * 252 * 252).map(|i| (i % 251) as u8).collect()).unwrap();
     // Values that every dtype below holds exactly.
     let rounded = |data: TensorData| data.convert_dtype(DType::BF16).convert_dtype(DType::F32);
-    let embeds = nexus.embed(&image, 252 * 252).unwrap();
-    let reference = nexus.reference(&image).unwrap();
+    let embeds = nexus.embed(&image, 252 * 252, ()).unwrap();
+    let reference = nexus.reference(&image, ()).unwrap();
     let options = DrawOptions { width: 32, height: 32, steps: 1, ..DrawOptions::default() };
-    let first = nexus.draw(&embeds, DrawWith::GenerationDecoder, &options).unwrap();
+    let first = nexus.draw(&embeds, DrawWith::GenerationDecoder, &options, ()).unwrap();
     let noise = rounded(ramp(first.latents.dims(), 3).into_data());
     let [values, reference_values] = [&embeds, &reference].map(|embeds| rounded(embeds.values.to_data()));
 
-    let mut draw = |from: &Elsewhere| {
+    let draw = |from: &Elsewhere| {
         let values = (from.embeds)(values.clone());
         let (dtype, place) = (values.dtype(), values.device());
         let embeds = ImageEmbeds::new(values, embeds.grid).unwrap();
         let reference = ImageEmbeds::new((from.embeds)(reference_values.clone()), reference.grid).unwrap();
         let options = DrawOptions { noise: Noise::Latents((from.noise)(noise.clone())), ..options.clone() };
         let with = DrawWith::EditingDecoder { reference: Some(&reference) };
-        let pictures = [DrawWith::GenerationDecoder, with].map(|with| nexus.draw(&embeds, with, &options).unwrap());
+        let pictures = [DrawWith::GenerationDecoder, with].map(|with| nexus.draw(&embeds, with, &options, ()).unwrap());
         for picture in &pictures {
             assert_eq!((picture.embeds.values.dtype(), picture.embeds.values.device()), (dtype, place.clone()));
             assert_eq!((picture.latents.dtype(), picture.latents.device()), (DType::F32, device()));

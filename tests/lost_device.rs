@@ -19,22 +19,22 @@ fn a_lost_adapter_is_an_error_and_the_process_stays_usable() {
     assert_eq!(driver.unwrap(), format!("{} {}", adapter.driver, adapter.driver_info).trim());
 
     let image = Image::from_rgb8(56, 56, (0..3 * 56 * 56).map(|i| (i % 251) as u8).collect()).unwrap();
-    let embed = |nexus: &mut Nexus| nexus.embed(&image, 56 * 56);
+    let embed = |nexus: &Nexus| nexus.embed(&image, 56 * 56, ());
     // The default of a GPU may be bf16, which would hide what the comparison is for.
     let load = |device: &Device| {
         let loader = Nexus::loader(random_models_dir()).compute_dtype(FloatDType::F32);
-        loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(device).unwrap()
+        loader.weights_dtype(LoadDType::Convert(FloatDType::F32)).load(device, ()).unwrap()
     };
-    let mut nexus = load(&device);
-    let before = embed(&mut nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
+    let nexus = load(&device);
+    let before = embed(&nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
     setup.device.destroy();
     for _ in 0..2 {
-        let error = nexus.generate("a red circle", &GenerateOptions::default()).unwrap_err();
+        let error = nexus.generate("a red circle", &GenerateOptions::default(), ()).unwrap_err();
         assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
         assert!(error.to_string().contains("another device"), "{error}");
     }
-    let mut nexus = load(&nexus::device("cpu").unwrap());
-    let after = embed(&mut nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
+    let nexus = load(&nexus::device("cpu").unwrap());
+    let after = embed(&nexus).unwrap().values.into_data().try_into_vec_as::<f32>().unwrap();
     let apart = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(before.len() == after.len() && apart < 1e-3, "{apart}");
 }

@@ -51,8 +51,8 @@ impl Case {
         self.images.iter().map(|name| Image::open(fixtures_dir().join(name)).unwrap()).collect()
     }
 
-    fn generate_options(&self) -> GenerateOptions {
-        GenerateOptions {
+    fn draw_options(&self) -> DrawOptions {
+        DrawOptions {
             width: self.width,
             height: self.height,
             steps: self.steps,
@@ -60,26 +60,22 @@ impl Case {
             embedded_guidance: self.embedded_guidance,
             negative_prompt: self.negative_prompt.clone(),
             noise: Noise::Seed(self.seed),
-            text: self.text(),
-            ..GenerateOptions::default()
+            ..DrawOptions::default()
         }
+    }
+
+    fn generate_options(&self) -> GenerateOptions {
+        GenerateOptions { draw: self.draw_options(), text: self.text(), ..GenerateOptions::default() }
     }
 
     fn edit_options(&self) -> EditOptions {
         EditOptions {
-            width: self.width,
-            height: self.height,
-            steps: self.steps,
-            cfg_scale: self.cfg_scale,
-            embedded_guidance: self.embedded_guidance,
-            negative_prompt: self.negative_prompt.clone(),
-            noise: Noise::Seed(self.seed),
+            draw: self.draw_options(),
             text: self.text(),
             decoder: match self.decoder.as_str() {
                 "editing" => EditWith::EditingDecoder,
                 _ => EditWith::GenerationDecoder,
             },
-            ..EditOptions::default()
         }
     }
 }
@@ -90,7 +86,7 @@ fn loader() -> Loader {
 }
 
 fn nexus() -> Nexus {
-    loader().load(&device()).unwrap()
+    loader().load(&device(), ()).unwrap()
 }
 
 fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
@@ -127,22 +123,22 @@ fn check(fixture: &Fixture, case: &Case, picture: &Picture) {
 
 #[test]
 fn generated_pictures_are_the_originals() {
-    let mut nexus = nexus();
+    let nexus = nexus();
     for name in ["e2e_generate", "e2e_generate_zh"] {
         let fixture = Fixture::open(name);
         let case: Case = fixture.meta("options");
-        check(&fixture, &case, &nexus.generate(&case.prompt, &case.generate_options()).unwrap());
+        check(&fixture, &case, &nexus.generate(&case.prompt, &case.generate_options(), ()).unwrap());
     }
 }
 
 #[test]
 fn edited_pictures_are_the_originals() {
-    let mut nexus = nexus();
+    let nexus = nexus();
     for name in ["e2e_edit", "e2e_edit_cfg", "e2e_edit_wide", "e2e_edit_by_generation"] {
         let fixture = Fixture::open(name);
         let case: Case = fixture.meta("options");
         let image = case.images().remove(0);
-        let picture = nexus.edit(&image, &case.prompt, &case.edit_options()).unwrap();
+        let picture = nexus.edit(&image, &case.prompt, &case.edit_options(), ()).unwrap();
         assert_eq!(picture.reference.is_some(), case.decoder == "editing");
         check(&fixture, &case, &picture);
     }
@@ -152,7 +148,7 @@ fn edited_pictures_are_the_originals() {
 fn answers_about_two_images_of_odd_sizes_are_the_originals() {
     let fixture = Fixture::open("e2e_understand");
     let case: Case = fixture.meta("options");
-    let reply = nexus().understand(&case.images(), &case.prompt, &case.text()).unwrap();
+    let reply = nexus().understand(&case.images(), &case.prompt, &case.text(), ()).unwrap();
     assert_eq!(reply.generation.token_ids, fixture.ids("out.sequences"));
     assert_eq!(reply.to_string(), fixture.meta::<String>("answer"));
     assert_eq!(reply.generation.finish, FinishReason::EndOfTurn);
@@ -162,17 +158,15 @@ fn answers_about_two_images_of_odd_sizes_are_the_originals() {
 fn freeing_every_stage_changes_nothing() {
     let fixture = Fixture::open("e2e_edit_cfg");
     let case: Case = fixture.meta("options");
-    let mut nexus = loader().residency(Residency::OneStageAtATime).load(&device()).unwrap();
+    let nexus = loader().residency(Residency::OneStageAtATime).load(&device(), ()).unwrap();
     let mut loaded = vec![];
-    let picture = nexus
-        .with_progress(|event| {
-            if let Progress::Loading(stage) = event {
-                loaded.push(stage);
-            }
-            ControlFlow::Continue(())
-        })
-        .edit(&case.images().remove(0), &case.prompt, &case.edit_options())
-        .unwrap();
+    let observer = |event| {
+        if let Progress::Loading(stage) = event {
+            loaded.push(stage);
+        }
+        ControlFlow::Continue(())
+    };
+    let picture = nexus.edit(&case.images().remove(0), &case.prompt, &case.edit_options(), observer).unwrap();
     check(&fixture, &case, &picture);
     assert_eq!(loaded.first(), Some(&Stage::VisionEncoder));
     assert_eq!(loaded[loaded.len() - 2..], [Stage::EditingDecoder, Stage::Autoencoder]);
@@ -182,18 +176,16 @@ fn freeing_every_stage_changes_nothing() {
 #[test]
 fn embeddings_can_be_saved_and_drawn_again() {
     let case: Case = Fixture::open("e2e_edit").meta("options");
-    let mut nexus = nexus();
-    let first = nexus.edit(&case.images().remove(0), &case.prompt, &case.edit_options()).unwrap();
+    let nexus = nexus();
+    let first = nexus.edit(&case.images().remove(0), &case.prompt, &case.edit_options(), ()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("embeds.safetensors");
     first.embeds.save(&path).unwrap();
     let embeds = ImageEmbeds::load(&path, &device()).unwrap();
     let with = DrawWith::EditingDecoder { reference: first.reference.as_ref() };
-    let again = nexus.draw(&embeds, with, &DrawOptions::from(&case.edit_options())).unwrap();
+    let again = nexus.draw(&embeds, with, &case.draw_options(), ()).unwrap();
     assert_eq!(again.image, first.image);
-    let without = nexus
-        .draw(&embeds, DrawWith::EditingDecoder { reference: None }, &DrawOptions::from(&case.edit_options()))
-        .unwrap();
+    let without = nexus.draw(&embeds, DrawWith::EditingDecoder { reference: None }, &case.draw_options(), ()).unwrap();
     assert_ne!(without.image, first.image);
 }
 
@@ -201,22 +193,22 @@ fn embeddings_can_be_saved_and_drawn_again() {
 fn given_latents_replace_the_seed() {
     let fixture = Fixture::open("e2e_generate");
     let case: Case = fixture.meta("options");
-    let options = GenerateOptions { noise: Noise::Latents(fixture.tensor("in.noise")), ..case.generate_options() };
-    check(&fixture, &case, &nexus().generate(&case.prompt, &options).unwrap());
+    let mut options = case.generate_options();
+    options.draw.noise = Noise::Latents(fixture.tensor("in.noise"));
+    check(&fixture, &case, &nexus().generate(&case.prompt, &options, ()).unwrap());
 }
 
 #[test]
 fn progress_counts_the_steps_and_sizes_are_rounded_up() {
     let mut events = vec![];
-    let options = GenerateOptions { width: 33, height: 16, steps: 3, cfg_scale: 1.0, ..GenerateOptions::default() };
-    let mut nexus = nexus();
-    let picture = nexus
-        .with_progress(|event| {
-            events.push(event);
-            ControlFlow::Continue(())
-        })
-        .generate("A red fox under a pine", &options)
-        .unwrap();
+    let draw = DrawOptions { width: 33, height: 16, steps: 3, cfg_scale: 1.0, ..DrawOptions::default() };
+    let options = GenerateOptions { draw, ..GenerateOptions::default() };
+    let nexus = nexus();
+    let observer = |event| {
+        events.push(event);
+        ControlFlow::Continue(())
+    };
+    let picture = nexus.generate("A red fox under a pine", &options, observer).unwrap();
     assert_eq!((picture.image.width_px(), picture.image.height_px()), (48, 16));
     assert!(events.contains(&Progress::SizeRounded { asked: (33, 16), used: (48, 16) }));
     let steps: Vec<usize> = events
@@ -236,16 +228,16 @@ fn progress_counts_the_steps_and_sizes_are_rounded_up() {
 
 #[test]
 fn every_event_can_cancel() {
-    let options = GenerateOptions { width: 32, height: 32, steps: 2, ..GenerateOptions::default() };
+    let draw = DrawOptions { width: 32, height: 32, steps: 2, ..DrawOptions::default() };
+    let options = GenerateOptions { draw, ..GenerateOptions::default() };
     let run = |allowed: usize| {
         let mut heard = 0;
-        let mut nexus = nexus();
-        let result = nexus
-            .with_progress(|_| {
-                heard += 1;
-                if heard > allowed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            })
-            .generate("A red fox under a pine", &options);
+        let nexus = nexus();
+        let observer = |_| {
+            heard += 1;
+            if heard > allowed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let result = nexus.generate("A red fox under a pine", &options, observer);
         (result, heard)
     };
     let (result, total) = run(usize::MAX);
@@ -257,15 +249,9 @@ fn every_event_can_cancel() {
 
 #[test]
 fn tiles_cover_a_large_picture() {
-    let options = GenerateOptions {
-        width: 64,
-        height: 1072,
-        steps: 1,
-        cfg_scale: 1.0,
-        tiled: true,
-        ..GenerateOptions::default()
-    };
-    let picture = nexus().generate("A red fox under a pine", &options).unwrap();
+    let draw = DrawOptions { width: 64, height: 1072, steps: 1, cfg_scale: 1.0, tiled: true, ..DrawOptions::default() };
+    let options = GenerateOptions { draw, ..GenerateOptions::default() };
+    let picture = nexus().generate("A red fox under a pine", &options, ()).unwrap();
     assert_eq!((picture.image.width_px(), picture.image.height_px()), (64, 1072));
     assert!(values(&picture.latents).iter().all(|value| value.is_finite()));
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use nexus::{
-    ChatOptions, Error, GenerateOptions, Message, Nexus, ReplyPart,
+    ConversationOptions, Error, GenerateOptions, Message, Nexus,
     data::world::{Kind, Split, Task, World, changed_region, judge, psnr_outside, read_scene},
 };
 
@@ -18,7 +18,9 @@ fn tiny() -> Nexus {
 
 fn drawing(nexus: &Nexus) -> GenerateOptions {
     // Fewer steps than the model's own: kernels are slow where nothing is optimised.
-    GenerateOptions { steps: 8, ..nexus.default_options().generate.clone() }
+    let mut options = nexus.default_options().generate.clone();
+    options.draw.steps = 8;
+    options
 }
 
 /// Right ones among the first samples of a kind.
@@ -30,10 +32,10 @@ fn right(kind: Kind, task: Task, count: u64, mut is_right: impl FnMut(&nexus::da
 
 #[test]
 fn a_prompt_becomes_its_scene() {
-    let mut nexus = tiny();
+    let nexus = tiny();
     let options = drawing(&nexus);
     let mut draws = |sample: &nexus::data::world::Sample| {
-        let picture = nexus.generate(&sample.prompt, &options).unwrap();
+        let picture = nexus.generate(&sample.prompt, &options, ()).unwrap();
         judge(&picture.image, &sample.scenes[0]).correct
     };
     let found = right(Kind::TwoObjects, Task::Generation, 4, &mut draws);
@@ -42,12 +44,12 @@ fn a_prompt_becomes_its_scene() {
 
 #[test]
 fn a_picture_is_described() {
-    let mut nexus = tiny();
+    let nexus = tiny();
     let options = nexus.default_options().text.clone();
     let mut describes = |sample: &nexus::data::world::Sample| {
         let image = sample.messages[0].images().next().unwrap();
         let expected: String = sample.messages[1].texts().collect();
-        nexus.understand(image, &sample.prompt, &options).unwrap().text.trim() == expected
+        nexus.understand(image, &sample.prompt, &options, ()).unwrap().text.trim() == expected
     };
     let found = right(Kind::Describe, Task::Understanding, 6, &mut describes);
     assert!(found >= 3, "{found} of 6 descriptions are right");
@@ -56,12 +58,12 @@ fn a_picture_is_described() {
 /// Backgrounds and colours change, and what an instruction does not name stays.
 #[test]
 fn an_instruction_changes_a_picture_and_leaves_the_rest() {
-    let mut nexus = tiny();
+    let nexus = tiny();
     let mut options = nexus.default_options().edit.clone();
-    options.steps = 8;
-    let mut edit = |sample: &nexus::data::world::Sample| {
+    options.draw.steps = 8;
+    let edit = |sample: &nexus::data::world::Sample| {
         let source = sample.messages[0].images().next().unwrap();
-        nexus.edit(source, &sample.prompt, &options).unwrap().image
+        nexus.edit(source, &sample.prompt, &options, ()).unwrap().image
     };
     let mut changes = |sample: &nexus::data::world::Sample| {
         let found = read_scene(&edit(sample)).scene.map(|scene| scene.background);
@@ -82,30 +84,25 @@ fn an_instruction_changes_a_picture_and_leaves_the_rest() {
 
 #[test]
 fn a_conversation_draws_and_answers() {
-    let mut nexus = tiny();
+    let nexus = tiny();
     let generate = drawing(&nexus);
-    let options = ChatOptions { generate, ..nexus.default_options().clone() };
-    let mut chat = nexus.chat_with(options);
+    let options = ConversationOptions { generate, ..nexus.default_options().clone() };
+    let mut conversation = nexus.conversation_with(options);
     let prompt = "Generate an image according to the following description: a blue circle";
-    let reply = chat.send(Message::text(prompt)).unwrap();
-    assert!(reply.parts.iter().any(|part| matches!(part, ReplyPart::Image(_))), "{reply:?}");
-    let reply = chat.send(Message::text("What colour is the circle?")).unwrap();
-    let text: String = reply
-        .parts
-        .iter()
-        .filter_map(|part| if let ReplyPart::Text(text) = part { Some(text.as_str()) } else { None })
-        .collect();
-    assert_eq!(text.trim(), "blue");
+    let answer = conversation.send(Message::text(prompt), ()).unwrap();
+    assert!(answer.pictures().count() > 0, "{answer:?}");
+    let answer = conversation.send(Message::text("What colour is the circle?"), ()).unwrap();
+    assert_eq!(answer.text().trim(), "blue");
 }
 
 #[test]
 fn a_question_is_no_order_to_draw() {
-    let mut nexus = tiny();
+    let nexus = tiny();
     let options = drawing(&nexus);
     let sample = World::new(SEED).sample_of(Task::Understanding, &[Kind::Count], Split::HeldOut, 0);
     let image = sample.messages[0].images().next().unwrap();
-    let reply = nexus.understand(image, &sample.prompt, &options.text).unwrap();
+    let reply = nexus.understand(image, &sample.prompt, &options.text, ()).unwrap();
     assert!(reply.generation.images.is_empty(), "{reply}");
-    let error = nexus.generate(" ", &options).unwrap_err();
+    let error = nexus.generate(" ", &options, ()).unwrap_err();
     assert!(matches!(error, Error::Data(_)), "{error}");
 }

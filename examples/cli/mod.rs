@@ -100,7 +100,7 @@ impl ModelArgs {
         if let Some(bits) = self.quantize {
             loader = loader.quantization(bits.into());
         }
-        Ok(loader.load(&self.device()?)?)
+        Ok(loader.load(&self.device()?, ())?)
     }
 
     /// The device that was asked for.
@@ -151,14 +151,17 @@ pub struct DrawArgs {
 macro_rules! draw_options {
     ($options:expr, $args:expr) => {{
         let (mut options, args) = ($options, $args);
-        options.width = args.width.unwrap_or(options.width);
-        options.height = args.height.unwrap_or(options.height);
-        options.steps = args.num_inference_steps.unwrap_or(options.steps);
-        options.cfg_scale = args.cfg_scale.unwrap_or(options.cfg_scale);
-        options.embedded_guidance = args.embedded_guidance.unwrap_or(options.embedded_guidance);
-        options.negative_prompt = args.negative_prompt.unwrap_or(options.negative_prompt);
-        options.noise = args.seed.map_or(options.noise, nexus::Noise::Seed);
-        options.tiled |= args.tiled;
+        let draw = &mut options.draw;
+        draw.width = args.width.unwrap_or(draw.width);
+        draw.height = args.height.unwrap_or(draw.height);
+        draw.steps = args.num_inference_steps.unwrap_or(draw.steps);
+        draw.cfg_scale = args.cfg_scale.unwrap_or(draw.cfg_scale);
+        draw.embedded_guidance = args.embedded_guidance.unwrap_or(draw.embedded_guidance);
+        draw.negative_prompt = args.negative_prompt.unwrap_or(std::mem::take(&mut draw.negative_prompt));
+        if let Some(seed) = args.seed {
+            draw.noise = nexus::Noise::Seed(seed);
+        }
+        draw.tiled |= args.tiled;
         options
     }};
 }
@@ -177,7 +180,7 @@ pub fn progress() -> impl FnMut(Progress) -> ControlFlow<()> {
         match event {
             Progress::Loading(stage) => bar.set_message(format!("loading the {stage}")),
             Progress::Running(stage) => bar.set_message(stage.to_string()),
-            Progress::PromptRead { tokens } => bar.set_message(format!("{tokens} prompt tokens read")),
+            Progress::PromptRead { tokens, .. } => bar.set_message(format!("{tokens} prompt tokens read")),
             Progress::Text(piece) => {
                 text.push_str(&piece);
                 bar.set_message(text.replace('\n', " "));

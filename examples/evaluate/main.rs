@@ -75,7 +75,7 @@ impl Scored {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let split = if args.seen { Split::Train } else { Split::HeldOut };
     let world = World::new(args.seed);
@@ -95,10 +95,10 @@ fn main() -> Result<()> {
                 continue;
             }
             let entry = match task {
-                Scored::Understanding => understanding(&mut nexus, &sample, &mut score)?,
-                Scored::Generation => generation(&mut nexus, &sample, args.steps, &mut score)?,
-                Scored::Editing => editing(&mut nexus, &sample, args.steps, &mut score)?,
-                Scored::Consistency => consistency(&mut nexus, &sample, args.steps, &mut score)?,
+                Scored::Understanding => understanding(&nexus, &sample, &mut score)?,
+                Scored::Generation => generation(&nexus, &sample, args.steps, &mut score)?,
+                Scored::Editing => editing(&nexus, &sample, args.steps, &mut score)?,
+                Scored::Consistency => consistency(&nexus, &sample, args.steps, &mut score)?,
             };
             if entries.len() < args.shown {
                 entries.push(entry);
@@ -135,12 +135,12 @@ fn groups(sample: &Sample) -> Vec<String> {
     groups
 }
 
-fn ask(nexus: &mut Nexus, image: &Image, question: &str) -> Result<String> {
+fn ask(nexus: &Nexus, image: &Image, question: &str) -> Result<String> {
     let options = TextOptions { max_new_tokens: 96, ..nexus.default_options().text.clone() };
-    Ok(nexus.understand(image, question, &options)?.text)
+    Ok(nexus.understand(image, question, &options, ())?.text)
 }
 
-fn understanding(nexus: &mut Nexus, sample: &Sample, score: &mut Score) -> Result<Entry> {
+fn understanding(nexus: &Nexus, sample: &Sample, score: &mut Score) -> Result<Entry> {
     let image = images(&sample.messages).pop().context("a question has an image")?;
     let expected = answer(&sample.messages);
     let given = ask(nexus, &image, &sample.prompt)?;
@@ -150,12 +150,12 @@ fn understanding(nexus: &mut Nexus, sample: &Sample, score: &mut Score) -> Resul
     Ok(Entry { prompt: sample.prompt.clone(), pictures: vec![image], verdict, correct })
 }
 
-fn generation(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
+fn generation(nexus: &Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
     let mut options = nexus.default_options().generate.clone();
-    options.steps = steps.unwrap_or(options.steps);
+    options.draw.steps = steps.unwrap_or(options.draw.steps);
     let truth = sample.scenes.first().context("a description has a scene")?;
     let shown = images(&sample.messages).pop().context("a description has a picture")?;
-    let (picture, correct, verdict) = match nexus.generate(&sample.prompt, &options) {
+    let (picture, correct, verdict) = match nexus.generate(&sample.prompt, &options, ()) {
         Ok(picture) => {
             let verdict = judge(&picture.image, truth);
             score.add_verdict(&verdict);
@@ -169,13 +169,13 @@ fn generation(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &
     Ok(Entry { prompt: sample.prompt.clone(), pictures, verdict, correct })
 }
 
-fn editing(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
+fn editing(nexus: &Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
     let mut options = nexus.default_options().edit.clone();
-    options.steps = steps.unwrap_or(options.steps);
+    options.draw.steps = steps.unwrap_or(options.draw.steps);
     let [before, after] = sample.scenes.as_slice() else { anyhow::bail!("an edit has two scenes") };
     let pictures = images(&sample.messages);
     let [source, truth] = pictures.as_slice() else { anyhow::bail!("an edit has two pictures") };
-    let (picture, correct, verdict) = match nexus.edit(source, &sample.prompt, &options) {
+    let (picture, correct, verdict) = match nexus.edit(source, &sample.prompt, &options, ()) {
         Ok(picture) => {
             let verdict = judge(&picture.image, after);
             score.add_verdict(&verdict);
@@ -194,13 +194,13 @@ fn editing(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &mut
 }
 
 /// Draws, and asks about what was drawn.
-fn consistency(nexus: &mut Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
+fn consistency(nexus: &Nexus, sample: &Sample, steps: Option<usize>, score: &mut Score) -> Result<Entry> {
     let mut options = nexus.default_options().generate.clone();
-    options.steps = steps.unwrap_or(options.steps);
+    options.draw.steps = steps.unwrap_or(options.draw.steps);
     let expected = answer(&sample.messages);
     let last_user = sample.messages.iter().rev().find(|message| message.role == Role::User);
     let question: String = last_user.map(|message| message.texts().collect()).unwrap_or_default();
-    let (pictures, correct, verdict) = match nexus.generate(&sample.prompt, &options) {
+    let (pictures, correct, verdict) = match nexus.generate(&sample.prompt, &options, ()) {
         Ok(picture) => {
             let given = ask(nexus, &picture.image, &question)?;
             let correct = given.trim() == expected;

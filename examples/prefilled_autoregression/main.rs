@@ -25,7 +25,7 @@ use clap::Parser;
 use errors::{Errors, Spread};
 use indicatif::{ProgressBar, ProgressStyle};
 use nexus::{
-    Device, DrawOptions, DrawWith, FloatDType, GridThw, ImageEmbeds, ImagePass, Nexus, PositionsAfterImage,
+    Device, DrawWith, FloatDType, GridThw, ImageEmbeds, ImagePass, Nexus, PositionsAfterImage,
     ar::{ArConfig, ArModel, ArObjective, GenerateOptions, NUM_IMAGE_TOKENS, Prompt, TrainingBatch, TrainingSample},
     checkpoint::{Checkpoint, LoadOptions},
     data::{
@@ -101,7 +101,7 @@ impl Way {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let mut nexus = args.model.load()?;
+    let nexus = args.model.load()?;
     let device = args.model.device()?;
     let config = ArConfig::read(nexus.files().config())?;
     let encoder = encoder(&nexus, &device)?;
@@ -111,7 +111,7 @@ fn main() -> Result<()> {
     let mut prefilled = Way::new("prefilled", ImagePass::Parallel, load(&args.prefilled)?);
     let mut fed_back = Way::new("fed back", ImagePass::Autoregressive, load(&args.fed_back)?);
     let (mut forced, mut spread) = (Errors::new(), Spread::new());
-    let draw = DrawOptions::from(&nexus.default_options().generate);
+    let draw = nexus.default_options().generate.draw.clone();
     let world = World::new(args.seed);
     let bar = ProgressBar::new(args.count);
     if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len}, {eta} left  {msg}") {
@@ -125,7 +125,7 @@ fn main() -> Result<()> {
         for way in [&mut prefilled, &mut fed_back] {
             let embeds = way.predict(&prompt)?;
             way.errors.add(&embeds, &truth)?;
-            let picture = nexus.draw(&embeds, DrawWith::GenerationDecoder, &draw)?;
+            let picture = nexus.draw(&embeds, DrawWith::GenerationDecoder, &draw, ())?;
             way.score.add(&[format!("{:?}", sample.kind)], judge(&picture.image, &sample.scenes[0]).correct);
         }
         let objective = ArObjective { prefill: false, ..ArObjective::default() };

@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{DType, Tensor};
 use nexus::{
-    Device, EditOptions, GenerateOptions, GridThw, Image, ImageEmbeds, ModelFiles, Nexus, Precision, Quantization,
+    Device, DrawOptions, EditOptions, GenerateOptions, GridThw, Image, ImageEmbeds, ModelFiles, Nexus, Precision,
+    Quantization,
     ar::{ArConfig, ArModel, KvCache},
     checkpoint::{Checkpoint, LoadOptions, weight_bytes},
     data::ImageProcessor,
@@ -408,12 +409,12 @@ pub fn draw(setting: &Setting) -> Result<[Image; 2]> {
     if let Some(quantization) = setting.quantization {
         loader = loader.quantization(quantization);
     }
-    let mut nexus = loader.load(&setting.device)?;
+    let nexus = loader.load(&setting.device, ())?;
     let defaults = nexus.default_options().clone();
-    let options = GenerateOptions { steps: 8, ..defaults.generate };
-    let drawn = nexus.generate(PROMPT, &options)?.image;
-    let options = EditOptions { steps: 8, ..defaults.edit };
-    let edited = nexus.edit(&Image::open(setting.tiny.join("scene.png"))?, INSTRUCTION, &options)?.image;
+    let options = GenerateOptions { draw: DrawOptions { steps: 8, ..defaults.generate.draw }, ..defaults.generate };
+    let drawn = nexus.generate(PROMPT, &options, ())?.image;
+    let options = EditOptions { draw: DrawOptions { steps: 8, ..defaults.edit.draw }, ..defaults.edit };
+    let edited = nexus.edit(&Image::open(setting.tiny.join("scene.png"))?, INSTRUCTION, &options, ())?.image;
     Ok([drawn, edited])
 }
 

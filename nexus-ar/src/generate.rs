@@ -10,7 +10,10 @@ use burn::tensor::{FloatDType, Tensor};
 use nexus_core::{GridThw, ImageEmbeds, failure_reason};
 use serde::{Deserialize, Serialize};
 
-use crate::{ArError, ArModel, KvCache, NUM_IMAGE_TOKENS, Sampler, SamplingOptions, image_position_ids, position_ids};
+use crate::{
+    ArError, ArModel, Context, NUM_IMAGE_TOKENS, PositionIds, Sampler, SamplingOptions, image_position_ids,
+    position_ids,
+};
 
 /// New tokens for which memory is taken at the start, if so many are allowed; longer replies take it again.
 const MAX_RESERVED_TOKENS: usize = 4096;
@@ -55,6 +58,8 @@ pub enum PositionsAfterImage {
 pub struct GenerateOptions {
     /// Longest reply in tokens, the 81 of each image included.
     pub max_new_tokens: usize,
+    /// Shortest reply in tokens: until then no id that ends a reply is chosen. From `max_new_tokens` on, none ever is.
+    pub min_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
     /// Ids that end the reply; empty means the model's `eos_token_id`.
@@ -78,6 +83,7 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             max_new_tokens: 1024,
+            min_new_tokens: 0,
             sampling: SamplingOptions::default(),
             eos_token_ids: vec![],
             image_pass: ImagePass::default(),
@@ -96,6 +102,8 @@ pub enum GenerateEvent<'a> {
     PromptRead {
         /// Its length.
         tokens: usize,
+        /// Tokens at its start that the context held already.
+        reused: usize,
     },
     /// A token has been chosen.
     Token {
@@ -136,11 +144,13 @@ pub struct Generation {
     pub token_ids: Vec<u32>,
     /// Length of the prompt.
     pub prompt_len: usize,
+    /// Tokens of the prompt that the context held already.
+    pub reused_len: usize,
     /// Generated images, in order, each `[1, 81, hidden]`.
     pub images: Vec<ImageEmbeds>,
     /// Embeddings of an image that the end of the reply cut off, `[1, fewer than 81, hidden]`.
     pub unfinished_image: Option<Tensor<3>>,
-    /// Positions of all tokens that were fed to the model.
+    /// Positions of all tokens that the model has seen; the last one of a reply is not fed.
     pub positions: Vec<[i64; 3]>,
     /// Why the reply ended.
     pub finish: FinishReason,
@@ -171,96 +181,137 @@ pub fn generate(
     options: &GenerateOptions,
     observer: &mut dyn FnMut(GenerateEvent<'_>) -> ControlFlow<()>,
 ) -> Result<Generation, ArError> {
+    generate_in(model, &mut Context::new(), prompt, options, observer)
+}
+
+/// [`generate`] in a context: what the prompt shares with it is not read again, and what follows is kept in it.
+///
+/// The context is of this model and dtype, and its images are the first ones of the prompt. What comes after a predicted
+/// image is always read again: a prompt has embeddings of the vision encoder where predicting fed others.
+///
+/// # Errors
+/// As [`generate`]; then the context holds what it shared with the prompt, or all it held if the prompt cannot be used, or
+/// nothing if the device failed.
+pub fn generate_in(
+    model: &ArModel,
+    context: &mut Context,
+    prompt: Prompt<'_>,
+    options: &GenerateOptions,
+    observer: &mut dyn FnMut(GenerateEvent<'_>) -> ControlFlow<()>,
+) -> Result<Generation, ArError> {
+    let (tokens, limit) = (prompt.token_ids.len(), model.config().max_position_embeddings);
+    if options.max_new_tokens == 0 {
+        return Err(ArError::Option { option: "max_new_tokens", reason: "0 leaves no room for a reply".into() });
+    }
+    if tokens >= limit {
+        return Err(ArError::PromptTooLong { tokens, limit });
+    }
+    let sampler = Sampler::new(options.sampling.clone())?;
     let ids = model.config().token_ids;
-    let (mut reply, mut hidden) = Reply::begin(model, prompt, options)?;
-    let mut sampler = Sampler::new(options.sampling.clone())?;
+    let grids: Vec<GridThw> = prompt.images.iter().map(|image| image.grid).collect();
+    let positions = position_ids(prompt.token_ids, &grids, &ids)?;
+    let (reused, reused_images) = context.shared(prompt.token_ids, &positions.axes, &grids, &ids);
+    let embeds = model.embed(&prompt.token_ids[reused..], &prompt.images[reused_images..], options.dtype)?;
+    // What a backend leaves behind when it panics or fails is not kept.
+    let mut kept = std::mem::take(context);
+    kept.truncate(reused);
     let own_eos = [ids.eos_token_id];
     let eos = if options.eos_token_ids.is_empty() { &own_eos[..] } else { &options.eos_token_ids };
-    if observer(GenerateEvent::PromptRead { tokens: prompt.token_ids.len() }).is_break() {
-        return Ok(reply.finish(FinishReason::Stopped));
+    let writer = Writer::new(model, &mut kept, prompt.token_ids, options, eos);
+    let result = writer.write(embeds, positions, sampler, observer);
+    match &result {
+        Ok(_) => {}
+        Err(ArError::Device { .. }) => kept = Context::new(),
+        Err(_) => kept.truncate(reused),
     }
-    loop {
-        if reply.is_full() {
-            return Ok(reply.finish(FinishReason::Length));
-        }
-        let id = match reply.generation.token_ids.last() {
-            Some(&last) if last == ids.vision_start_token_id => {
-                let Some(embeds) = reply.image_block(hidden)? else {
-                    return Ok(reply.finish(FinishReason::Length));
-                };
-                let event = observer(GenerateEvent::Image { embeds: &embeds });
-                reply.generation.images.push(embeds);
-                if event.is_break() {
-                    return Ok(reply.finish(FinishReason::Stopped));
-                }
-                if reply.is_full() {
-                    return Ok(reply.finish(FinishReason::Length));
-                }
-                ids.vision_end_token_id
-            }
-            _ => reply.choose(hidden, &mut sampler)?,
-        };
-        reply.generation.token_ids.push(id);
-        if observer(GenerateEvent::Token { id }).is_break() {
-            return Ok(reply.finish(FinishReason::Stopped));
-        }
-        if eos.contains(&id) {
-            return Ok(reply.finish(FinishReason::EndOfTurn));
-        }
-        if reply.is_full() {
-            return Ok(reply.finish(FinishReason::Length));
-        }
-        hidden = reply.feed_token(id)?;
-    }
+    *context = kept;
+    result
 }
 
 /// A reply that is being written, with everything the model has seen.
-struct Reply<'a> {
+struct Writer<'a> {
     model: &'a ArModel,
     options: &'a GenerateOptions,
-    cache: KvCache,
+    eos: &'a [u32],
+    context: &'a mut Context,
     limit: usize,
     /// Position of a text token minus its index in the sequence.
     delta: i64,
     generation: Generation,
 }
 
-impl<'a> Reply<'a> {
-    /// Feeds the prompt; also returns the hidden state of its last token, `[1, 1, hidden]`.
-    fn begin(
+impl<'a> Writer<'a> {
+    /// A reply of which nothing is written, to a prompt of which the context holds the beginning.
+    fn new(
         model: &'a ArModel,
-        prompt: Prompt<'_>,
+        context: &'a mut Context,
+        prompt: &[u32],
         options: &'a GenerateOptions,
-    ) -> Result<(Self, Tensor<3>), ArError> {
-        let (tokens, context) = (prompt.token_ids.len(), model.config().max_position_embeddings);
-        if options.max_new_tokens == 0 {
-            return Err(ArError::Option { option: "max_new_tokens", reason: "0 leaves no room for a reply".into() });
-        }
-        if tokens >= context {
-            return Err(ArError::PromptTooLong { tokens, limit: context });
-        }
-        let grids: Vec<GridThw> = prompt.images.iter().map(|image| image.grid).collect();
-        let embeds = model.embed(prompt.token_ids, prompt.images, options.dtype)?;
-        let positions = position_ids(prompt.token_ids, &grids, &model.config().token_ids)?;
-        let limit = context.min(tokens + options.max_new_tokens);
-        let mut reply = Self {
-            model,
-            options,
-            cache: KvCache::with_capacity(limit.min(tokens + MAX_RESERVED_TOKENS)),
-            limit,
-            delta: positions.delta,
-            generation: Generation {
-                token_ids: prompt.token_ids.to_vec(),
-                prompt_len: tokens,
-                images: vec![],
-                unfinished_image: None,
-                positions: vec![],
-                finish: FinishReason::Length,
-                text_steps: vec![],
-            },
+        eos: &'a [u32],
+    ) -> Self {
+        let tokens = prompt.len();
+        let limit = model.config().max_position_embeddings.min(tokens.saturating_add(options.max_new_tokens));
+        context.cache.reserve(limit.min(tokens + MAX_RESERVED_TOKENS));
+        let generation = Generation {
+            token_ids: prompt.to_vec(),
+            prompt_len: tokens,
+            reused_len: context.len(),
+            images: vec![],
+            unfinished_image: None,
+            positions: vec![],
+            finish: FinishReason::Length,
+            text_steps: vec![],
         };
-        let hidden = reply.feed(embeds, positions.axes);
-        Ok((reply, hidden.narrow(1, tokens - 1, 1)))
+        Self { model, options, eos, context, limit, delta: 0, generation }
+    }
+
+    /// Reads what the context lacks of the prompt, and writes until there is a reason to end.
+    fn write(
+        mut self,
+        embeds: Tensor<3>,
+        positions: PositionIds,
+        mut sampler: Sampler,
+        observer: &mut dyn FnMut(GenerateEvent<'_>) -> ControlFlow<()>,
+    ) -> Result<Generation, ArError> {
+        let ids = self.model.config().token_ids;
+        let mut hidden = self.read_prompt(embeds, positions);
+        let Generation { prompt_len: tokens, reused_len: reused, .. } = self.generation;
+        if observer(GenerateEvent::PromptRead { tokens, reused }).is_break() {
+            return Ok(self.finish(FinishReason::Stopped));
+        }
+        loop {
+            if self.is_full() {
+                return Ok(self.finish(FinishReason::Length));
+            }
+            let id = match self.generation.token_ids.last() {
+                Some(&last) if last == ids.vision_start_token_id => {
+                    let Some(embeds) = self.image_block(hidden)? else {
+                        return Ok(self.finish(FinishReason::Length));
+                    };
+                    let event = observer(GenerateEvent::Image { embeds: &embeds });
+                    self.generation.images.push(embeds);
+                    if event.is_break() {
+                        return Ok(self.finish(FinishReason::Stopped));
+                    }
+                    if self.is_full() {
+                        return Ok(self.finish(FinishReason::Length));
+                    }
+                    ids.vision_end_token_id
+                }
+                _ => self.choose(hidden, &mut sampler)?,
+            };
+            self.generation.token_ids.push(id);
+            if observer(GenerateEvent::Token { id }).is_break() {
+                return Ok(self.finish(FinishReason::Stopped));
+            }
+            if self.eos.contains(&id) {
+                return Ok(self.finish(FinishReason::EndOfTurn));
+            }
+            if self.is_full() {
+                return Ok(self.finish(FinishReason::Length));
+            }
+            hidden = self.feed_token(id)?;
+        }
     }
 
     fn is_full(&self) -> bool {
@@ -269,19 +320,39 @@ impl<'a> Reply<'a> {
 
     fn finish(mut self, reason: FinishReason) -> Generation {
         self.generation.finish = reason;
+        self.generation.positions = self.context.positions().to_vec();
         self.generation
     }
 
-    fn feed(&mut self, embeds: Tensor<3>, positions: Vec<[i64; 3]>) -> Tensor<3> {
-        let hidden = self.model.forward(embeds, &positions, Some(&mut self.cache));
-        self.generation.positions.extend(positions);
-        hidden
+    /// Feeds the embeddings of the prompt's last tokens; returns the hidden state of the last one, `[1, 1, hidden]`.
+    fn read_prompt(&mut self, embeds: Tensor<3>, positions: PositionIds) -> Tensor<3> {
+        let reused = self.context.len();
+        self.delta = positions.delta;
+        self.context.extend(&self.generation.token_ids[reused..], positions.axes[reused..].to_vec(), false);
+        let hidden = self.forward(embeds);
+        let tokens = hidden.dims()[1];
+        hidden.narrow(1, tokens - 1, 1)
     }
 
     fn feed_token(&mut self, id: u32) -> Result<Tensor<3>, ArError> {
         let embeds = self.model.embed(&[id], &[], self.options.dtype)?;
         let position = self.generation.token_ids.len() as i64 - 1 + self.delta;
-        Ok(self.feed(embeds, vec![[position; 3]]))
+        self.context.extend(&[id], vec![[position; 3]], false);
+        Ok(self.forward(embeds))
+    }
+
+    /// Feeds what stands at image positions that no encoder made.
+    fn feed_predicted(&mut self, embeds: Tensor<3>, positions: Vec<[i64; 3]>) -> Tensor<3> {
+        let token_ids = vec![self.model.config().token_ids.image_token_id; positions.len()];
+        self.context.extend(&token_ids, positions, true);
+        self.forward(embeds)
+    }
+
+    /// Hidden states of embeddings whose tokens are the last ones that the context notes.
+    fn forward(&mut self, embeds: Tensor<3>) -> Tensor<3> {
+        let tokens = embeds.dims()[1];
+        let Context { positions, cache, .. } = &mut *self.context;
+        self.model.forward(embeds, &positions[positions.len() - tokens..], Some(cache))
     }
 
     fn choose(&mut self, hidden: Tensor<3>, sampler: &mut Sampler) -> Result<u32, ArError> {
@@ -296,6 +367,11 @@ impl<'a> Reply<'a> {
         }
         // An image only ends after its 81 tokens, where its end is forced.
         scores[self.model.config().token_ids.vision_end_token_id as usize] = f32::NEG_INFINITY;
+        if index - self.generation.prompt_len < self.options.min_new_tokens {
+            for id in self.eos {
+                scores.get_mut(*id as usize).into_iter().for_each(|score| *score = f32::NEG_INFINITY);
+            }
+        }
         let id = sampler.choose(&mut scores, &self.generation.token_ids);
         if self.options.keep_scores {
             self.generation.text_steps.push(TextStep { index, scores });
@@ -312,7 +388,7 @@ impl<'a> Reply<'a> {
         let tokens = NUM_IMAGE_TOKENS.min(room);
         // As everywhere, the last token of a full reply is not fed.
         let fed = NUM_IMAGE_TOKENS.min(room - 1);
-        let start = self.generation.positions.last().map_or(0, |position| position[0] + 1);
+        let start = self.context.positions().last().map_or(0, |position| position[0] + 1);
         let positions: Vec<[i64; 3]> = image_position_ids(start, grid).take(fed).collect();
         let embeds = match self.options.image_pass {
             ImagePass::Autoregressive => self.feed_predictions(hidden, positions, tokens),
@@ -344,7 +420,7 @@ impl<'a> Reply<'a> {
     fn feed_predictions(&mut self, hidden: Tensor<3>, positions: Vec<[i64; 3]>, tokens: usize) -> Tensor<3> {
         let mut predicted = vec![self.model.predict_embeds(hidden)];
         for (index, position) in positions.into_iter().enumerate() {
-            let state = self.feed(predicted[index].clone(), vec![position]);
+            let state = self.feed_predicted(predicted[index].clone(), vec![position]);
             if predicted.len() < tokens {
                 predicted.push(self.model.predict_embeds(state));
             }
@@ -356,9 +432,9 @@ impl<'a> Reply<'a> {
     fn feed_prefill(&mut self, positions: Vec<[i64; 3]>) -> Tensor<3> {
         let prefill = self.model.prefill_embeds(self.options.dtype).narrow(1, 0, positions.len());
         if self.options.image_pass != ImagePass::Sequential {
-            return self.feed(prefill, positions);
+            return self.feed_predicted(prefill, positions);
         }
-        let step = |(index, position)| self.feed(prefill.clone().narrow(1, index, 1), vec![position]);
+        let step = |(index, position)| self.feed_predicted(prefill.clone().narrow(1, index, 1), vec![position]);
         Tensor::cat(positions.into_iter().enumerate().map(step).collect(), 1)
     }
 }

@@ -26,6 +26,16 @@ impl KvCache {
         &mut self.layers
     }
 
+    /// Takes memory for this many tokens at once when the first ones come.
+    pub(crate) fn reserve(&mut self, tokens: usize) {
+        self.capacity = self.capacity.max(tokens);
+    }
+
+    /// Forgets the tokens from this one on.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(tokens));
+    }
+
     /// Number of tokens held.
     pub fn len(&self) -> usize {
         self.layers.first().map_or(0, KeyValue::len)

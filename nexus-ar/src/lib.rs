@@ -28,6 +28,7 @@
 
 mod attended;
 mod config;
+mod context;
 mod error;
 mod generate;
 mod kv_cache;
@@ -40,10 +41,11 @@ mod weights;
 
 pub use attended::Attended;
 pub use config::{ArConfig, GenerationConfig, RopeScaling, TokenIds};
+pub use context::Context;
 pub use error::ArError;
 pub use generate::{
     FinishReason, GenerateEvent, GenerateOptions, Generation, ImagePass, PositionsAfterImage, Prompt, TextStep,
-    generate,
+    generate, generate_in,
 };
 pub use kv_cache::KvCache;
 pub use model::{ArModel, NUM_IMAGE_TOKENS, TextModel};

@@ -40,7 +40,7 @@ use std::{
 use burn::tensor::{Device, FloatDType};
 use nexus_core::train::TrainStateError;
 
-use nexus::{DeviceError, Error, judge};
+use nexus::{DeviceError, Error, diagnose};
 
 pub use error::TrainError;
 pub use recipe::{
@@ -139,7 +139,7 @@ fn run_part(
     }
 }
 
-/// Runs what keeps nothing on the device when it ends, and judges how it failed.
+/// Runs what keeps nothing on the device when it ends, and diagnoses how it failed.
 fn on_device<T>(device: &Device, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     let result = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Err(TrainError::Model(error))) => Ok(Err(error)),
@@ -149,7 +149,7 @@ fn on_device<T>(device: &Device, run: impl FnOnce() -> Result<T, TrainError>) ->
         Ok(result) => return result,
         Err(panic) => Err(panic),
     };
-    judge(device, || (), result).map_err(|error| match error {
+    diagnose(device, || (), result).map_err(|error| match error {
         Error::OutOfDeviceMemory { needed, available, reason } => {
             TrainError::OutOfDeviceMemory { needed, available, reason }
         }

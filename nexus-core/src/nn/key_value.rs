@@ -30,6 +30,11 @@ impl KeyValue {
         self.len == 0
     }
 
+    /// Forgets the tokens from this one on; the memory stays.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.len = self.len.min(tokens);
+    }
+
     /// Adds tokens and returns the keys and values of all.
     ///
     /// # Shapes
@@ -96,6 +101,20 @@ mod tests {
             }
             assert_eq!(held.len(), 10);
         }
+    }
+
+    #[test]
+    fn what_was_forgotten_is_written_over() {
+        let mut held = KeyValue::with_capacity(8);
+        held.append(tokens(5, 1), tokens(5, 2));
+        held.truncate(9);
+        assert_eq!(held.len(), 5);
+        held.truncate(2);
+        let [keys, values] = held.append(tokens(1, 3), tokens(1, 4));
+        let expected = |kept, new| Tensor::cat(vec![tokens(5, kept).narrow(1, 0, 2), tokens(1, new)], 1).into_data();
+        assert_eq!((keys.into_data(), values.into_data()), (expected(1, 3), expected(2, 4)));
+        held.truncate(0);
+        assert!(held.is_empty());
     }
 
     #[test]
