@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::Module;
-use nexus_core::nn::weight_bytes;
+use nexus_checkpoint::weight_bytes;
 
 use crate::Error;
 
