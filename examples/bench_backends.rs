@@ -101,7 +101,7 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let devices = if args.devices.is_empty() { nexus::devices() } else { args.devices.clone() };
-    ensure!(!devices.is_empty(), "no device: build with one of the features flex, wgpu, vulkan, metal, cuda, rocm");
+    ensure!(!devices.is_empty(), "no device: build with one of the features cpu, wgpu, vulkan, metal, cuda, rocm");
     let known: Vec<&str> = STAGES.iter().map(|stage| stage.name).collect();
     if let Some(unknown) = args.stages.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(anyhow!("`{unknown}` is not a stage: use {}", known.join(", ")));

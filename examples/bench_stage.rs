@@ -28,7 +28,7 @@ use std::{fs, path::PathBuf};
 use anyhow::Context;
 use burn::tensor::FloatDType;
 use clap::{Parser, ValueEnum};
-use nexus_core::testing::{CpuLevel, limit_cpu};
+use nexus_kernels::testing::{CpuLevel, limit_cpu};
 use serde_json::json;
 
 use measure::{Measured, measure};

@@ -7,7 +7,7 @@ use nexus::{DeviceInfo, FloatDType, Precision};
 fn main() -> Result<()> {
     let names = nexus::devices();
     if names.is_empty() {
-        println!("no device: build with one of the features flex, wgpu, vulkan, metal, cuda, rocm");
+        println!("no device: build with one of the features cpu, wgpu, vulkan, metal, cuda, rocm");
         return Ok(());
     }
     println!("{:<10} {:<16} {:<24} {:<16} device", "--device", "computes in", "weights by default", "used by default");

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 /// Names of the backends and how burn calls them, in the order of preference for messages.
 fn compiled() -> Vec<(&'static str, DeviceType)> {
     vec![
-        #[cfg(feature = "flex")]
+        #[cfg(feature = "cpu")]
         ("cpu", DeviceType::Flex),
         #[cfg(feature = "wgpu")]
         ("wgpu", DeviceType::Wgpu),
@@ -216,12 +216,12 @@ impl Precision {
     }
 }
 
-#[cfg(feature = "flex")]
+#[cfg(feature = "cpu")]
 pub(crate) fn is_cpu(device: &Device) -> bool {
     Device::enumerate(DeviceType::Flex).into_iter().any(|cpu| cpu == device.clone().inner())
 }
 
-#[cfg(not(feature = "flex"))]
+#[cfg(not(feature = "cpu"))]
 pub(crate) fn is_cpu(_: &Device) -> bool {
     false
 }
@@ -245,8 +245,7 @@ pub enum DeviceError {
     },
     /// The backend was not compiled in.
     #[error(
-        "`{backend}` is not in this build: build with the feature `{}`, which needs {}; {}",
-        feature(backend),
+        "`{backend}` is not in this build: build with the feature `{backend}`, which needs {}; {}",
         needs(backend),
         here(compiled, found)
     )]
@@ -303,11 +302,6 @@ fn here(compiled: &[&str], found: &[String]) -> String {
         list(compiled.join(", ")),
         list(found.join(", "))
     )
-}
-
-/// The feature of this package that compiles a backend in.
-fn feature(backend: &str) -> &str {
-    if backend == "cpu" { "flex" } else { backend }
 }
 
 /// What a machine must have for a backend.
@@ -399,7 +393,7 @@ mod tests {
 
         let none: [(&str, usize); 0] = [];
         let error = choose("cpu", &none, |_| Vec::<()>::new()).unwrap_err().to_string();
-        assert!(error.contains("feature `flex`"), "{error}");
+        assert!(error.contains("feature `cpu`"), "{error}");
         assert!(error.contains("build: none; devices found: none"), "{error}");
     }
 
@@ -421,7 +415,7 @@ mod tests {
         assert_eq!(said(|| std::panic::panic_any(7)), "it gives no reason");
     }
 
-    #[cfg(feature = "flex")]
+    #[cfg(feature = "cpu")]
     #[test]
     fn the_cpu_is_there_once() {
         assert!(device("cpu").is_ok() && device("cpu:0").is_ok());
@@ -432,7 +426,7 @@ mod tests {
         assert_eq!((info.to_string(), info.driver), (format!("{} CPU", std::env::consts::ARCH), None));
     }
 
-    #[cfg(feature = "flex")]
+    #[cfg(feature = "cpu")]
     #[test]
     fn a_cpu_computes_in_f32_with_weights_as_stored() {
         let precision = Precision::of(&device("cpu").unwrap());
@@ -440,7 +434,7 @@ mod tests {
         assert_eq!(precision.check(&device("cpu").unwrap()), Ok(()));
     }
 
-    #[cfg(feature = "flex")]
+    #[cfg(feature = "cpu")]
     #[test]
     fn a_dtype_that_the_device_has_not_is_refused_for_weights_and_activations() {
         let (cpu, dtype) = (device("cpu").unwrap(), FloatDType::Flex32);

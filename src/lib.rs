@@ -41,7 +41,7 @@
 //!
 //! | feature | devices |
 //! |---|---|
-//! | `flex` (default) | CPU: `cpu` |
+//! | `cpu` (default) | CPU: `cpu` |
 //! | `wgpu` | GPUs through WebGPU: `wgpu:0` |
 //! | `vulkan` | GPUs through Vulkan: `vulkan:0` |
 //! | `metal` | Apple GPUs: `metal:0` |

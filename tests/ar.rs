@@ -103,7 +103,7 @@ fn every_layer_matches() {
     let rotary = model.config().rotary().table(&positions, &device());
     let mut x = model.embed(&token_ids, &[], FloatDType::F32).unwrap();
     for (index, layer) in model.model.layers.iter().enumerate() {
-        x = layer.forward(x, &rotary, nexus::core::nn::Visibility::Causal, None);
+        x = layer.forward(x, &rotary, nexus_kernels::Visibility::Causal, None);
         assert_close(&x, &fixture.floats(&format!("tap.layers.{index}")), TOLERANCE);
     }
     let hidden = model.model.norm.forward(x);

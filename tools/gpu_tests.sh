@@ -33,5 +33,6 @@ BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --tes
 
 BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test train -- objectives::
 
-# The kernels for GPUs, next to burn's formulation and to sums in f64.
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: cube::
+# The kernels for GPUs, next to burn's formulation and to sums in f64, and the blocks that are made of them.
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: gpu:: activation:: adamw:: attention:: conv:: \
+    join:: linear:: norm:: rotary::

@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 host=$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
-env "CARGO_TARGET_${host}_RUNNER=valgrind -q --error-exitcode=9" cargo test --workspace --locked --lib kernels::
+env "CARGO_TARGET_${host}_RUNNER=valgrind -q --error-exitcode=9" cargo test --workspace --locked --lib cpu::

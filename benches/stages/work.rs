@@ -4,7 +4,7 @@ use burn::tensor::{DType, Tensor};
 use nexus::{
     GridThw, Noise,
     ar::{ArConfig, ArModel, KvCache, NUM_IMAGE_TOKENS, image_position_ids},
-    core::nn::{DecoderLayer, RotaryTable, Visibility},
+    core::nn::DecoderLayer,
     diffusion::{
         Autoencoder, Branch, Branches, Conditioning, DenoiseOptions, DenoiseState, Denoiser, LatentSize,
         config::DitConfig,
@@ -13,6 +13,7 @@ use nexus::{
     },
     vision_encoder::VisionEncoder,
 };
+use nexus_kernels::{RotaryTable, Visibility};
 
 use crate::{
     models::{Weights, diffusion_config},

@@ -81,7 +81,7 @@ fn locked_version(package: &str) -> Option<&'static str> {
 
 fn features() -> Vec<&'static str> {
     [
-        ("flex", cfg!(feature = "flex")),
+        ("cpu", cfg!(feature = "cpu")),
         ("wgpu", cfg!(feature = "wgpu")),
         ("vulkan", cfg!(feature = "vulkan")),
         ("metal", cfg!(feature = "metal")),

@@ -29,7 +29,7 @@ ln -sf "$toolkit/cuda_nvrtc/lib/libnvrtc.so.12" "$where/lib/libnvrtc.so"
 cc -w -shared -fPIC -o "$where/lib/libcuda.so" lab/cuda_compiles/driver.c
 
 # Speed is of no use here.
-quick=(--config 'profile.dev.package."*".opt-level=1' --config 'profile.dev.package.nexus-core.opt-level=1')
+quick=(--config 'profile.dev.package."*".opt-level=1' --config 'profile.dev.package.nexus-kernels.opt-level=1')
 tools/cuda_without_llvm.sh build --example bench_stage --example train --example verify "${quick[@]}"
 
 export LD_LIBRARY_PATH="$where/lib" CUDA_PATH="$toolkit/cuda_runtime" MODULES="$where/modules"

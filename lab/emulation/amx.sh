@@ -41,7 +41,7 @@ fi
 ) > "$work/bochs.txt" 2>&1 || { tail "$work/bochs.txt"; exit 1; }
 
 # A ram disk with the tests and what they link to.
-tests=$(cargo test --release --locked --workspace --lib --no-run 2>&1 | sed -n 's/.*(\(.*nexus_core-.*\))$/\1/p')
+tests=$(cargo test --release --locked --workspace --lib --no-run 2>&1 | sed -n 's/.*(\(.*nexus_kernels-.*\))$/\1/p')
 mkdir -p "$work/disk/bin" "$work/iso/isolinux"
 strip -o "$work/disk/bin/tests" "$tests"
 cp "$(command -v busybox)" "$work/disk/bin/"
@@ -52,7 +52,7 @@ cat > "$work/disk/init" <<'INIT'
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
-/bin/tests kernels:: --test-threads 1 --nocapture && echo ALL PASSED
+/bin/tests cpu:: --test-threads 1 --nocapture && echo ALL PASSED
 /bin/busybox sleep 5
 /bin/busybox poweroff -f
 INIT

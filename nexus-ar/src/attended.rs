@@ -1,7 +1,7 @@
 //! A loss that says where the model should look: hidden states -> how little attention goes to the right tokens.
 
 use burn::tensor::{DType, Tensor, TensorData};
-use nexus_core::nn::RotaryTable;
+use nexus_kernels::RotaryTable;
 
 use crate::{ArModel, TrainingBatch};
 

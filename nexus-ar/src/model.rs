@@ -10,8 +10,9 @@ use burn::{
 use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
 use nexus_core::{
     ImageEmbeds,
-    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, index_tensor, linear},
+    nn::{DecoderLayer, Embedding, Linear, MultimodalRotary, RmsNorm},
 };
+use nexus_kernels::{RotaryTable, Visibility, index_tensor, linear};
 
 use crate::{ArConfig, ArError, KvCache, NAMES};
 

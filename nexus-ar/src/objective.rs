@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, FloatDType, Tensor, activation::log_softmax};
-use nexus_core::nn::{Activation, DecoderLayer, Recomputation, RotaryTable, Visibility, index_tensor, without_scores};
+use nexus_core::nn::{Activation, DecoderLayer, Recomputation};
+use nexus_kernels::{RotaryTable, Visibility, index_tensor, without_scores};
 use serde::{Deserialize, Serialize};
 
 use crate::{

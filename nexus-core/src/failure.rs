@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, ExecutionError, Tensor};
+use nexus_kernels::{DeviceMemory, device_memory};
 
 /// What the backend said, on one line, which names the bytes that it asked for if memory was not enough, and what the
 /// device holds for this process already, where the backend keeps count.
@@ -77,36 +78,9 @@ fn held(device: &Device) -> Option<Held> {
 }
 
 fn available(device: &Device) -> Option<u64> {
-    let Limits { largest, capacity } = limits(device)?;
+    let DeviceMemory { largest, capacity } = device_memory(device)?;
     let left = capacity.zip(held(device)).map(|(capacity, held)| capacity.saturating_sub(held.in_use));
     Some(left.map_or(largest, |left| left.min(largest)))
-}
-
-/// Bytes that a device gives.
-struct Limits {
-    /// In one piece.
-    largest: u64,
-    /// In all, where its driver tells.
-    capacity: Option<u64>,
-}
-
-#[cfg(feature = "cube")]
-fn limits(device: &Device) -> Option<Limits> {
-    use burn::backend::DispatchDevice;
-    match device.clone().inner().as_dispatch() {
-        DispatchDevice::Cube(device) => {
-            let client = catch_unwind(AssertUnwindSafe(|| device.client())).ok()?;
-            let memory = &client.properties().memory;
-            Some(Limits { largest: memory.max_page_size, capacity: memory.max_memory() })
-        }
-        #[allow(unreachable_patterns, reason = "a build may have no other backend")]
-        _ => None,
-    }
-}
-
-#[cfg(not(feature = "cube"))]
-fn limits(_: &Device) -> Option<Limits> {
-    None
 }
 
 /// Waits until the weights of a module are on its device, and reads one value of each.

@@ -7,14 +7,8 @@
 //! All tensors are burn tensors whose device and dtype the caller chooses; no backend is named here.
 
 pub mod config;
-#[cfg(feature = "cube")]
-mod cube;
 mod embeds;
 mod failure;
-#[cfg(all(feature = "train", any(feature = "flex", feature = "cube")))]
-mod graph;
-#[cfg(feature = "flex")]
-mod kernels;
 pub mod nn;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -3,7 +3,7 @@
 use std::ops::{ControlFlow, Range};
 
 use burn::tensor::Tensor;
-use nexus_core::nn::RotaryTable;
+use nexus_kernels::RotaryTable;
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -2,8 +2,9 @@
 
 use burn::tensor::Tensor;
 use nexus_ar::AnswerEmbeds;
-use nexus_core::{GridThw, nn::index_tensor};
+use nexus_core::GridThw;
 use nexus_data::world::{LABEL_CLASSES, Place, Scene, token_places, unseen_labels};
+use nexus_kernels::index_tensor;
 use nexus_vision_encoder::{ExcludedClass, LabelHead};
 
 /// Numbers of classes of the labels of hidden states: those of [`LABEL_CLASSES`], and the place.

@@ -4,7 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, GatedMlp, Linear, RmsNorm, RotaryTable, Visibility, attention, rotate_half};
+use nexus_core::nn::{GatedMlp, Linear, RmsNorm};
+use nexus_kernels::{Attention, RotaryTable, Visibility, attention, rotate_half};
 
 use crate::VisionConfig;
 

@@ -8,8 +8,9 @@ use nexus_checkpoint::{Checkpoint, CheckpointError, LoadOptions, load_module};
 use nexus_core::{
     EmbedsError, GridThw, ImageEmbeds,
     config::ConfigError,
-    nn::{RotaryTable, index_tensor, inverse_frequencies, linear, normal_param},
+    nn::{inverse_frequencies, normal_param},
 };
+use nexus_kernels::{RotaryTable, index_tensor, linear};
 
 use crate::{NAMES, PatchMerger, VisionBlock, VisionConfig, WindowLayout, window::patch_coordinates};
 

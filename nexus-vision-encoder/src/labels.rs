@@ -7,7 +7,8 @@ use burn::{
     module::Module,
     tensor::{DType, Device, Tensor, activation::log_softmax},
 };
-use nexus_core::nn::{Linear, index_tensor, without_scores};
+use nexus_core::nn::Linear;
+use nexus_kernels::{index_tensor, without_scores};
 
 /// A class that does not compete for a label of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,8 +6,9 @@ use burn::{
 };
 use nexus_core::{
     MERGE_SIZE,
-    nn::{Linear, RmsNorm, gelu},
+    nn::{Linear, RmsNorm},
 };
+use nexus_kernels::gelu;
 
 use crate::VisionConfig;
 

@@ -7,10 +7,8 @@ use burn::{
     module::Module,
     tensor::{DType, Device, Tensor, TensorData},
 };
-use nexus_core::{
-    GridThw, MERGE_SIZE, PATCH_SIZE_PX,
-    nn::{Linear, gelu},
-};
+use nexus_core::{GridThw, MERGE_SIZE, PATCH_SIZE_PX, nn::Linear};
+use nexus_kernels::gelu;
 use serde::{Deserialize, Serialize};
 
 /// Colour channels of a patch.

@@ -2,16 +2,11 @@
 
 use burn::{
     module::{Initializer, Module, Param},
-    tensor::{
-        Device, Tensor,
-        module::{conv2d, interpolate},
-        ops::{ConvOptions, InterpolateMode, InterpolateOptions},
-    },
+    tensor::{Device, Tensor},
 };
+use nexus_kernels::{Filter, conv2d, upsample_conv2d};
 
-use super::{cast_like, normal_param};
-#[cfg(feature = "flex")]
-use crate::kernels;
+use super::normal_param;
 
 /// A square convolution with bias.
 #[derive(Module, Debug)]
@@ -67,55 +62,28 @@ impl Conv2d {
     /// - `x`: `[batch, in, height, width]`
     /// - returns: `[batch, out, height / stride, width / stride]`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        #[cfg(feature = "flex")]
-        if let Some(y) = kernels::conv2d(&x, &self.filter()) {
-            return y;
-        }
-        self.plain(x)
+        conv2d(x, &self.filter())
     }
 
-    /// [`Conv2d::forward`] as operations of burn, for every backend.
-    pub(crate) fn plain(&self, x: Tensor<4>) -> Tensor<4> {
-        let weight = cast_like(self.weight.val(), &x);
-        let bias = cast_like(self.bias.val(), &x);
-        #[cfg(feature = "cube")]
-        if let Some(y) = crate::cube::conv2d(&x, &weight, &bias, self.stride, self.padding) {
-            return y;
-        }
-        let options = ConvOptions { stride: [self.stride; 2], padding: [self.padding; 2], dilation: [1; 2], groups: 1 };
-        conv2d(x, weight, Some(bias), options)
+    /// Doubles height and width by repeating each pixel, and convolves that.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, in, height, width]`
+    /// - returns: `[batch, out, 2 * height, 2 * width]`, for a convolution that keeps height and width
+    pub fn forward_upsampled(&self, x: Tensor<4>) -> Tensor<4> {
+        upsample_conv2d(x, &self.filter())
     }
 
-    #[cfg(feature = "flex")]
-    pub(crate) fn filter(&self) -> kernels::Filter {
+    fn filter(&self) -> Filter {
         let (weight, bias) = (self.weight.val(), self.bias.val());
-        kernels::Filter { weight, bias, stride: self.stride, padding: self.padding }
+        Filter { weight, bias, stride: self.stride, padding: self.padding }
     }
-}
-
-/// Doubles height and width by repeating each pixel.
-pub fn upsample_nearest_2x(x: Tensor<4>) -> Tensor<4> {
-    interpolate(x, InterpolateOptions::new(InterpolateMode::Nearest).with_scale_factor([2.0, 2.0]))
-}
-
-/// Doubles height and width by repeating each pixel, and convolves that.
-///
-/// # Shapes
-/// - `x`: `[batch, in, height, width]`
-/// - `conv`: keeps height and width
-/// - returns: `[batch, out, 2 * height, 2 * width]`
-pub fn upsample_conv(x: Tensor<4>, conv: &Conv2d) -> Tensor<4> {
-    #[cfg(feature = "flex")]
-    if let Some(y) = kernels::upsample_conv2d(&x, &conv.filter()) {
-        return y;
-    }
-    conv.forward(upsample_nearest_2x(x))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, cpu, ramp};
+    use nexus_kernels::testing::{assert_close, cpu, ramp};
 
     fn direct(conv: &Conv2d, x: &Tensor<4>) -> Vec<f32> {
         let [_, inputs, height, width] = x.dims();
@@ -155,11 +123,5 @@ mod tests {
             let conv = config.init(&cpu());
             assert_close(&conv.forward(x.clone()), &direct(&conv, &x), 1e-5);
         }
-    }
-
-    #[test]
-    fn upsampling_repeats_pixels() {
-        let x = Tensor::<1>::from_floats([1.0, 2.0], &cpu()).reshape([1, 1, 1, 2]);
-        assert_close(&upsample_nearest_2x(x), &[1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0], 0.0);
     }
 }

@@ -4,11 +4,9 @@ use burn::{
     module::Module,
     tensor::{Bool, DType, Device, Tensor, TensorData, activation::log_softmax},
 };
+use nexus_kernels::{Attention, RotaryTable, Visibility, attention, index_tensor, matmul, rotate_half};
 
-use super::{
-    Attention, GatedMlp, KeyValue, Linear, RmsNorm, RotaryTable, Visibility, attention, index_tensor, linear::matmul,
-    rotate_half,
-};
+use super::{GatedMlp, KeyValue, Linear, RmsNorm};
 
 /// Sizes of a [`DecoderLayer`].
 #[derive(Debug, Clone, PartialEq)]

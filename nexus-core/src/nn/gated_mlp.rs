@@ -5,7 +5,9 @@ use burn::{
     tensor::{Device, Tensor},
 };
 
-use super::{Linear, silu_mul};
+use nexus_kernels::silu_mul;
+
+use super::Linear;
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Module, Debug)]

@@ -80,7 +80,7 @@ fn write(buffers: [Tensor<4>; 2], tokens: [Tensor<4>; 2], start: usize) -> [Tens
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::ramp;
+    use nexus_kernels::testing::{address, ramp};
 
     fn tokens(count: usize, seed: usize) -> Tensor<4> {
         ramp([2, count, 3, 4], seed)
@@ -127,13 +127,12 @@ mod tests {
         assert_eq!(kept.into_data(), Tensor::cat(vec![tokens(2, 1), tokens(1, 3)], 1).into_data());
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn tokens_are_written_in_place() {
         let mut held = KeyValue::with_capacity(16);
         let mut address = |count| {
             let all = held.append(tokens(count, 1), tokens(count, 2));
-            all.map(|all| crate::kernels::View::f32(&all).unwrap().values::<f32>().as_ptr())
+            all.map(|all| address(&all))
         };
         assert_eq!(address(3), address(1));
     }

@@ -2,10 +2,11 @@
 
 use burn::{
     module::{Initializer, Module, Param},
-    tensor::{Device, Tensor, module},
+    tensor::{Device, Tensor},
 };
+use nexus_kernels::linear;
 
-use super::{cast_like, normal_param, quantization::dequantized};
+use super::normal_param;
 
 /// `x Wᵀ + b` with the weight kept as the checkpoints store it, `[out, in]`, in the dtype of the file or quantised.
 #[derive(Module, Debug)]
@@ -40,64 +41,79 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ + b` in the dtype of `x`, for weights that belong to no [`Linear`].
-///
-/// # Shapes
-/// - `x`: `[.., in]`
-/// - `weight`: `[out, in]`, in any dtype of floats or quantised
-/// - `bias`: `[out]`
-/// - returns: `[.., out]`
-///
-/// # Panics
-/// If the shapes do not belong together.
-pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
-    let weight = dequantized(weight);
-    #[cfg(feature = "flex")]
-    if let Some(y) = crate::kernels::linear(&x, &weight, bias.as_ref()) {
-        return y;
-    }
-    let weight = cast_like(weight, &x);
-    let bias = bias.map(|bias| cast_like(bias, &x));
-    #[cfg(feature = "cube")]
-    if let Some(y) = crate::cube::linear(&x, &weight, bias.as_ref()) {
-        return y;
-    }
-    module::linear(x, weight.transpose(), bias)
-}
-
-/// The product of two matrices of one dtype, or of batches of them.
-///
-/// # Shapes
-/// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`
-pub(super) fn matmul<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "cube")]
-    if let Some(y) = crate::cube::matmul(&left, &right) {
-        return y;
-    }
-    left.matmul(right)
-}
-
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
+    use nexus_checkpoint::{Quantization, weight_bytes};
+
     use super::*;
-    use crate::testing::{assert_close, input};
+    use crate::testing::{cpu, device, ramp};
+
+    fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+        x.into_data().try_into_vec_as().unwrap()
+    }
 
     #[test]
-    fn a_layer_is_the_sum_of_products_and_the_bias() {
-        for [batch, rows, inputs, outputs] in
-            [[1, 1, 7, 5], [2, 3, 33, 17], [1, 130, 64, 40], [1, 1, 256, 130], [3, 50, 136, 129]]
-        {
-            let (x, weight, bias) = (input([batch, rows, inputs], 1), input([outputs, inputs], 2), input([outputs], 3));
-            let values = |x: Tensor<1>| x.into_data().try_into_vec::<f32>().unwrap();
-            let [a, w, b] = [x.clone().flatten::<1>(0, 2), weight.clone().flatten::<1>(0, 1), bias.clone()].map(values);
-            let dot =
-                |row: &[f32], w: &[f32]| row.iter().zip(w).map(|(a, w)| f64::from(*a) * f64::from(*w)).sum::<f64>();
-            let row = |row: &[f32]| {
-                w.chunks(inputs).zip(&b).map(|(w, b)| (dot(row, w) + f64::from(*b)) as f32).collect::<Vec<_>>()
-            };
-            let expected: Vec<f32> = a.chunks(inputs).flat_map(row).collect();
-            let layer = Linear { weight: Param::from_tensor(weight), bias: Some(Param::from_tensor(bias)) };
-            assert_close(&layer.forward(x), &expected, 1e-5);
+    fn every_value_is_within_half_a_step_of_its_block() {
+        for (quantization, levels) in [(Quantization::Q8, 127.0), (Quantization::Q4, 7.0)] {
+            for (inputs, block) in [(64, 32), (96, 32), (48, 16), (40, 8)] {
+                let weight = values(ramp([6, inputs], 3));
+                // Blocks of very different sizes, one of them zero.
+                let scaled = |(index, value): (usize, f32)| value * [1.0, 1e-3, 0.0, 30.0][index / block % 4];
+                let weight: Vec<f32> = weight.into_iter().enumerate().map(scaled).collect();
+                let tensor = Tensor::<1>::from_data(weight.as_slice(), &device()).reshape([6, inputs]);
+                let quantized = quantization.quantize(tensor);
+                assert!(matches!(quantized.dtype(), DType::QFloat(_)));
+                let found = values(quantized.dequantize());
+                for (found, weight) in found.chunks(block).zip(weight.chunks(block)) {
+                    let largest = weight.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+                    let (half_step, mut exact) = (largest / levels / 2.0 * 1.01, true);
+                    for (found, weight) in found.iter().zip(weight) {
+                        assert!((found - weight).abs() <= half_step, "{found} for {weight}, half a step {half_step}");
+                        exact &= found == weight;
+                    }
+                    assert_eq!(exact, largest == 0.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_that_fill_no_words_stay_floats() {
+        for inputs in [1, 4, 12, 31] {
+            assert_eq!(Quantization::Q8.scheme(inputs), None);
+            let weight = ramp([3, inputs], 1);
+            assert_eq!(values(Quantization::Q4.quantize(weight.clone())), values(weight));
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_values_and_scales() {
+        let layer = |weight| Linear { weight: Param::from_tensor(weight), ..Linear::new(64, 12, &device()) };
+        let weight = ramp::<2>([12, 64], 5).to_device(&device());
+        assert_eq!(weight_bytes(&layer(weight.clone())), 12 * 64 * 4 + 12 * 4);
+        for (quantization, packed) in [(Quantization::Q8, 64), (Quantization::Q4, 32)] {
+            let values = if device() == cpu() { 64 } else { packed };
+            let bytes = weight_bytes(&layer(quantization.quantize(weight.clone())));
+            assert_eq!(bytes, 12 * (values + 2 * 4) + 12 * 4);
+        }
+    }
+
+    #[test]
+    fn a_layer_computes_with_what_its_weight_has_become() {
+        let layer = Linear::new(64, 12, &device());
+        let weight = ramp::<2>([12, 64], 5).to_device(&device());
+        for quantization in [Quantization::Q8, Quantization::Q4] {
+            let quantized = quantization.quantize(weight.clone());
+            let floats = Linear { weight: Param::from_tensor(quantized.clone().dequantize()), ..layer.clone() };
+            let layer = Linear { weight: Param::from_tensor(quantized), ..layer.clone() };
+            for rows in [1, 7] {
+                let x = ramp::<2>([rows, 64], 9).to_device(&device());
+                let (found, expected) = (values(layer.forward(x.clone())), values(floats.forward(x.clone())));
+                assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-4));
+                let plain = Linear { weight: Param::from_tensor(weight.clone()), ..layer.clone() };
+                assert_ne!(found, values(plain.forward(x)));
+            }
         }
     }
 }

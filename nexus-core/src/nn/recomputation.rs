@@ -172,11 +172,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        nn::{Linear, gelu},
+        nn::Linear,
         testing::{assert_close_tensors, cpu, ramp},
         train::GradientSum,
     };
     use nexus_checkpoint::WeightNames;
+    use nexus_kernels::gelu;
 
     #[derive(Module, Debug)]
     struct Model {

@@ -3,7 +3,6 @@
 //! Everything is keyed by the names that parameters have in the released files, so that what is saved can be resumed by
 //! another process, and recipes name frozen parts as anyone finds them in a checkpoint. The loop is the facade's.
 
-mod adamw;
 mod average;
 mod draws;
 mod finite;
@@ -13,8 +12,6 @@ mod muon;
 mod optimizer;
 mod pattern;
 
-#[cfg(any(feature = "flex", feature = "cube"))]
-pub(crate) use adamw::AdamWStep;
 pub use average::WeightAverage;
 pub use draws::Draws;
 pub use finite::check_weights;

@@ -3,15 +3,12 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
+use burn::optim::{AdamWState, AdaptiveMomentumState};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use nexus_kernels::{AdamWStep, adamw};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    GradientSum, MuonOptions, TrainStateError,
-    adamw::{AdamWKernel, AdamWStep},
-    muon::Muon,
-};
+use super::{GradientSum, MuonOptions, TrainStateError, muon::Muon};
 use nexus_checkpoint::{Checkpoint, ModulePath, WeightNames, follow_path};
 
 /// Names of the moments in a saved state, as PyTorch calls them.
@@ -43,7 +40,6 @@ impl Default for AdamWOptions {
 
 /// AdamW and Muon with the moments of every parameter, by name.
 pub struct Optimizer {
-    adamw: AdamW,
     options: AdamWOptions,
     states: BTreeMap<String, AdamWState<1>>,
     muon: Option<Muon>,
@@ -52,10 +48,7 @@ pub struct Optimizer {
 impl Optimizer {
     /// An optimizer that has seen no step.
     pub fn new(options: AdamWOptions) -> Self {
-        let AdamWOptions { betas: [beta_1, beta_2], eps, .. } = options;
-        let config = AdamWConfig::new().with_beta_1(beta_1).with_beta_2(beta_2).with_epsilon(eps);
-        let adamw = config.with_weight_decay(options.weight_decay).build();
-        Self { adamw, options, states: BTreeMap::new(), muon: None }
+        Self { options, states: BTreeMap::new(), muon: None }
     }
 
     /// Lets matrices take steps of Muon; none has taken one yet.
@@ -83,29 +76,27 @@ impl Optimizer {
         }
         let state = self.states.remove(&name);
         let (value, state) = self.update(lr, value, gradient, state);
-        if let Some(state) = state {
-            self.states.insert(name, state);
-        }
+        self.states.insert(name, state);
         value
     }
 
-    /// One parameter's step of AdamW: in one pass over all values where there is a kernel, else by burn.
+    /// One parameter's step of AdamW.
     fn update(
         &self,
         lr: f64,
         value: Tensor<1>,
         gradient: Tensor<1>,
         state: Option<AdamWState<1>>,
-    ) -> (Tensor<1>, Option<AdamWState<1>>) {
-        let Some(kernel) = kernel_of([&value, &gradient]) else { return self.adamw.step(lr, value, gradient, state) };
-        let (time, moments) = match state {
+    ) -> (Tensor<1>, AdamWState<1>) {
+        let (number, moments) = match state {
             Some(AdamWState { momentum }) => (momentum.time + 1, Some([momentum.moment_1, momentum.moment_2])),
             None => (1, None),
         };
-        let step = AdamWStep::new(self.options, lr, time);
-        let (value, [moment_1, moment_2]) = kernel(value, &gradient, moments, &step);
-        let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
-        (value, Some(AdamWState { momentum }))
+        let AdamWOptions { betas, eps, weight_decay } = self.options;
+        let step = AdamWStep { betas, eps, weight_decay, lr, number };
+        let (value, [moment_1, moment_2]) = adamw(value, gradient, moments, &step);
+        let momentum = AdaptiveMomentumState { time: number, moment_1, moment_2, max_moment_2: None };
+        (value, AdamWState { momentum })
     }
 
     /// The moments as tensors, to be saved.
@@ -178,22 +169,6 @@ impl Optimizer {
     }
 }
 
-/// The kernel that steps a parameter on its device.
-fn kernel_of(tensors: [&Tensor<1>; 2]) -> Option<AdamWKernel> {
-    if tensors.into_iter().any(|tensor| tensor.dtype() != DType::F32) {
-        return None;
-    }
-    #[cfg(feature = "flex")]
-    if crate::kernels::adamw::on_cpu(tensors) {
-        return Some(crate::kernels::adamw::adamw);
-    }
-    #[cfg(feature = "cube")]
-    if crate::cube::adamw::on_gpu(tensors) {
-        return Some(crate::cube::adamw::adamw);
-    }
-    None
-}
-
 struct Stepper<'a> {
     optimizer: &'a mut Optimizer,
     names: &'a WeightNames,
@@ -223,6 +198,8 @@ impl ModuleMapper for Stepper<'_> {
 
 #[cfg(test)]
 mod tests {
+    use burn::optim::{AdamWConfig, Optimizer as _};
+
     use super::*;
     use crate::train::NamePattern;
     use crate::{
@@ -276,17 +253,19 @@ mod tests {
     }
 
     #[test]
-    #[cfg(feature = "flex")]
     fn the_kernel_gives_the_values_of_burn() {
         let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-6, weight_decay: 0.05 };
         let optimizer = Optimizer::new(options);
+        let burn =
+            AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.99).with_epsilon(1e-6).with_weight_decay(0.05).build();
         for count in [1, 17, 70_001] {
             let value: Tensor<1> = ramp([count], 1);
             let (mut fast, mut plain) = ((value.clone(), None), (value, None));
             for step in 1..=4 {
                 let gradient: Tensor<1> = ramp([count], 10 + step) * 0.3;
-                fast = optimizer.update(0.02, fast.0, gradient.clone(), fast.1);
-                plain = optimizer.adamw.step(0.02, plain.0, gradient, plain.1);
+                let (value, state) = optimizer.update(0.02, fast.0, gradient.clone(), fast.1);
+                fast = (value, Some(state));
+                plain = burn.step(0.02, plain.0, gradient, plain.1);
                 assert_close(&fast.0, &values(plain.0.clone()), 1e-6);
                 let moments = |state: &Option<AdamWState<1>>| {
                     let momentum = &state.as_ref().unwrap().momentum;

@@ -4,7 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Attention, Conv2d, Conv2dConfig, GroupNorm, attention, upsample_conv};
+use nexus_core::nn::{Conv2d, Conv2dConfig, GroupNorm};
+use nexus_kernels::{Attention, attention};
 
 /// Epsilon of every group norm.
 pub(super) const GROUP_NORM_EPS: f64 = 1e-6;
@@ -151,6 +152,6 @@ impl Resample {
     /// # Shapes
     /// `[batch, channels, height, width]` to twice height and width.
     pub fn double(&self, x: Tensor<4>) -> Tensor<4> {
-        upsample_conv(x, &self.conv)
+        self.conv.forward_upsampled(x)
     }
 }

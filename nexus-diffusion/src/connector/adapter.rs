@@ -4,7 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{LayerNorm, Linear, relu};
+use nexus_core::nn::{LayerNorm, Linear};
+use nexus_kernels::relu;
 
 const LAYER_NORM_EPS: f64 = 1e-5;
 

@@ -6,8 +6,9 @@ use burn::{
 };
 use nexus_core::{
     GridThw, ImageEmbeds,
-    nn::{DecoderLayer, DecoderLayerConfig, Linear, MultimodalRotary, RmsNorm, RotaryTable, Visibility, silu},
+    nn::{DecoderLayer, DecoderLayerConfig, Linear, MultimodalRotary, RmsNorm},
 };
+use nexus_kernels::{RotaryTable, Visibility, silu};
 
 use super::TokenPosition;
 use crate::config::MergerConfig;

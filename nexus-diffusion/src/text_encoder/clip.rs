@@ -5,7 +5,8 @@ use burn::{
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
-use nexus_core::nn::{Attention, Embedding, LayerNorm, Linear, Visibility, attention, quick_gelu};
+use nexus_core::nn::{Embedding, LayerNorm, Linear};
+use nexus_kernels::{Attention, Visibility, attention, quick_gelu};
 
 use super::checked_ids;
 use crate::{DiffusionError, config::ClipConfig, weights::CLIP};

@@ -6,7 +6,7 @@ mod clip;
 mod t5;
 
 use burn::tensor::{Device, Int, Tensor};
-use nexus_core::nn::index_tensor;
+use nexus_kernels::index_tensor;
 
 pub use clip::{ClipAttention, ClipEmbeddings, ClipLayer, ClipMlp, ClipTextEncoder};
 pub use t5::{T5Attention, T5Block, T5Dense, T5Encoder};

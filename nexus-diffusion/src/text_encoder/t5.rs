@@ -5,7 +5,8 @@ use burn::{
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
-use nexus_core::nn::{Attention, Embedding, Linear, RmsNorm, attention, gelu_tanh_mul, index_tensor};
+use nexus_core::nn::{Embedding, Linear, RmsNorm};
+use nexus_kernels::{Attention, attention, gelu_tanh_mul, index_tensor};
 
 use super::checked_ids;
 use crate::{DiffusionError, config::T5Config, weights::T5};

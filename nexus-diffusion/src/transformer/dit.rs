@@ -6,7 +6,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
-use nexus_core::nn::{Linear, Recomputation, RotaryTable};
+use nexus_core::nn::{Linear, Recomputation};
+use nexus_kernels::RotaryTable;
 
 use super::{
     AdaNorm, DitModulations, DoubleBlock, EMBEDDED_WIDTH, Mlp, SingleBlock, TeaCache,

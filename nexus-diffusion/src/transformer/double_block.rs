@@ -4,9 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{
-    Attention, Linear, RmsNorm, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved, split,
-};
+use nexus_core::nn::{Linear, RmsNorm};
+use nexus_kernels::{Attention, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved, split};
 
 use super::{AdaNorm, DoubleModulation, NORM_EPS};
 

@@ -8,7 +8,8 @@ use burn::{
     tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
 use half::{bf16, f16};
-use nexus_core::nn::{Linear, RotaryTable, silu};
+use nexus_core::nn::Linear;
+use nexus_kernels::{RotaryTable, silu};
 
 use crate::{LatentSize, connector::TokenPosition};
 

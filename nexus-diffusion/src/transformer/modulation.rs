@@ -6,7 +6,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{Linear, modulate, silu};
+use nexus_core::nn::Linear;
+use nexus_kernels::{modulate, silu};
 
 use super::NORM_EPS;
 

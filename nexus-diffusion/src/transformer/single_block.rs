@@ -4,9 +4,8 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use nexus_core::nn::{
-    Attention, Linear, RmsNorm, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved,
-};
+use nexus_core::nn::{Linear, RmsNorm};
+use nexus_kernels::{Attention, RotaryTable, attention, cat, gated_residual, gelu_tanh, rotate_interleaved};
 
 use super::{AdaNorm, Modulation, NORM_EPS, double_block::split_heads};
 
