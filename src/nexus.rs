@@ -3,7 +3,7 @@
 use std::{ops::ControlFlow, path::Path, sync::Arc};
 
 use burn::tensor::Device;
-use nexus_ar::{GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
+use nexus_ar::{Context, GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
 use nexus_core::ImageEmbeds;
 use nexus_data::{
     Alpha, Image, Language, Message, ModelInput, Patches, ProcessOptions, Processor, edit_prompt, generation_prompt,
@@ -141,7 +141,7 @@ impl Nexus {
 
     /// Begins a conversation.
     pub fn conversation_with(&self, options: ConversationOptions) -> Conversation {
-        Conversation::new(self.clone(), options)
+        Conversation::new(self.clone(), options, vec![])
     }
 
     /// The model's answer to a conversation: text, and embeddings of pictures that are not drawn yet.
@@ -149,9 +149,13 @@ impl Nexus {
     /// # Errors
     /// As [`Nexus::understand`].
     pub fn reply(&self, messages: &[Message], options: &TextOptions, observer: impl Observer) -> Result<Reply, Error> {
+        self.reply_to(self.prompt(messages, options)?, options, observer)
+    }
+
+    /// What the model reads of a conversation that it is to answer.
+    pub(crate) fn prompt(&self, messages: &[Message], options: &TextOptions) -> Result<ModelInput, Error> {
         let process = ProcessOptions { max_pixels: options.max_pixels, ..ProcessOptions::default() };
-        let input = self.model.processor.process(messages, true, &process)?;
-        self.reply_to(input, options, observer)
+        Ok(self.model.processor.process(messages, true, &process)?)
     }
 
     /// The model's answer to a prompt that was prepared by [`Nexus::processor`], for example one that ends with the
@@ -165,14 +169,27 @@ impl Nexus {
         options: &TextOptions,
         mut observer: impl Observer,
     ) -> Result<Reply, Error> {
-        let ModelInput { text, token_ids, images } = input;
+        Ok(self.reply_in(&mut Context::new(), input, options, &mut observer)?.0)
+    }
+
+    /// The answer to a prompt that may begin as the context does, and the embeddings of the prompt's images. If it fails,
+    /// the context holds nothing that it did not hold before.
+    pub(crate) fn reply_in(
+        &self,
+        context: &mut Context,
+        input: ModelInput,
+        options: &TextOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<(Reply, Vec<ImageEmbeds>), Error> {
+        let ModelInput { text: prompt, token_ids, images } = input;
         let Model { processor, stages, .. } = &*self.model;
-        let generation = stages.run(|| {
-            let images = stages.encode(images, &mut observer)?;
-            self.generate_tokens(&token_ids, &images, options, &mut observer)
+        let (generation, images) = stages.run(|| {
+            let images = stages.encode(images, observer)?;
+            let prompt = Prompt { token_ids: &token_ids, images: &images };
+            Ok((self.generate_tokens(context, prompt, options, observer)?, images))
         })?;
-        let text_of_reply = processor.decode_reply(generation.new_token_ids())?;
-        Ok(Reply { text: text_of_reply, prompt: text, generation })
+        let text = processor.decode_reply(generation.new_token_ids())?;
+        Ok((Reply { text, prompt, generation }, images))
     }
 
     /// Embeddings of an image as the language model sees it, at most `max_pixels` large.
@@ -275,8 +292,8 @@ impl Nexus {
 
     fn generate_tokens(
         &self,
-        token_ids: &[u32],
-        images: &[ImageEmbeds],
+        context: &mut Context,
+        prompt: Prompt<'_>,
         options: &TextOptions,
         observer: &mut dyn Observer,
     ) -> Result<Generation, Error> {
@@ -286,7 +303,7 @@ impl Nexus {
             max_new_tokens: options.max_new_tokens,
             min_new_tokens: options.min_new_tokens,
             sampling: options.sampling.clone().unwrap_or_else(from_config),
-            eos_token_ids: config.eos_token_id.clone(),
+            eos_token_ids: Some(config.eos_token_id.clone()).filter(|ids| !ids.is_empty()),
             image_pass: options.image_pass,
             positions_after_image: options.positions_after_image,
             dtype: stages.compute_dtype,
@@ -316,15 +333,12 @@ impl Nexus {
             };
             observer.hear(progress)
         };
-        let prompt = Prompt { token_ids, images };
-        let generation = nexus_ar::generate(&ar, prompt, &generate_options, &mut hear)?;
-        if let Some(error) = failed {
-            return Err(error.into());
+        let generation = nexus_ar::generate_in(&ar, context, prompt, &generate_options, &mut hear)?;
+        if generation.finish == nexus_ar::FinishReason::Stopped {
+            context.truncate(generation.reused_len);
+            return Err(failed.map_or(Error::Cancelled, Error::from));
         }
-        match generation.finish {
-            nexus_ar::FinishReason::Stopped => Err(Error::Cancelled),
-            _ => Ok(generation),
-        }
+        Ok(generation)
     }
 }
 

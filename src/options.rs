@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct TextOptions {
     /// Longest reply in tokens, the 81 of each picture included.
     pub max_new_tokens: usize,
-    /// Shortest reply in tokens: until then the model cannot end it. From `max_new_tokens` on, it never can.
+    /// Shortest reply in tokens, its end not counted; if it is that of `max_new_tokens`, the model cannot end it before.
     pub min_new_tokens: usize,
     /// How tokens are chosen; `None` takes `generation_config.json` with seed 0.
     pub sampling: Option<SamplingOptions>,

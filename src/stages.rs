@@ -13,7 +13,7 @@ use burn::{
 use nexus_ar::{ArConfig, ArModel};
 use nexus_checkpoint::{Checkpoint, LoadOptions, check_module};
 use nexus_core::{ImageEmbeds, check_arrived, failure_reason};
-use nexus_data::{ClipTokenizer, Image, Patches, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
+use nexus_data::{ClipTokenizer, Image, Patches, PromptImage, T5_LEN, T5Tokenizer, clip_empty_ids, t5_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,
     GenerationDecoder, LatentSize, Noise, T5Encoder, Tiling,
@@ -269,9 +269,22 @@ impl Stages {
         })
     }
 
-    /// Embeddings of images, each encoded on its own; none without loading anything.
-    pub(crate) fn encode(&self, images: Vec<Patches>, observer: &mut dyn Observer) -> Result<Vec<ImageEmbeds>, Error> {
-        images.into_iter().map(|patches| self.encode_one(patches, observer)).collect()
+    /// Embeddings of the images of a prompt, each encoded on its own; none without loading anything.
+    pub(crate) fn encode(
+        &self,
+        images: Vec<PromptImage>,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<ImageEmbeds>, Error> {
+        let encode = |image| match image {
+            PromptImage::Patches(patches) => self.encode_one(patches, observer),
+            PromptImage::Embeds(embeds) => self.adopt(&embeds),
+        };
+        images.into_iter().map(encode).collect()
+    }
+
+    /// Embeddings made anywhere, on this device and in the dtype of the activations.
+    fn adopt(&self, embeds: &ImageEmbeds) -> Result<ImageEmbeds, Error> {
+        Ok(ImageEmbeds::new(adopt(&embeds.values, &self.device, self.compute_dtype)?, embeds.grid)?)
     }
 
     pub(crate) fn encode_one(&self, patches: Patches, observer: &mut dyn Observer) -> Result<ImageEmbeds, Error> {
@@ -299,10 +312,7 @@ impl Stages {
             false => None,
         };
         let (device, dtype) = (self.device.clone(), self.compute_dtype);
-        let adopt_embeds = |embeds: &ImageEmbeds| -> Result<ImageEmbeds, Error> {
-            Ok(ImageEmbeds::new(adopt(&embeds.values, &device, dtype)?, embeds.grid)?)
-        };
-        let embeds = adopt_embeds(embeds)?;
+        let embeds = self.adopt(embeds)?;
         let noise = match &options.noise {
             Noise::Latents(latents) => Noise::Latents(adopt(latents, &device, dtype)?),
             seed @ Noise::Seed(_) => seed.clone(),
@@ -315,7 +325,7 @@ impl Stages {
                 (decoder.condition(&embeds)?, &decoder.dit, Stage::GenerationDecoder)
             }
             DrawWith::EditingDecoder { reference } => {
-                let reference = reference.map(adopt_embeds).transpose()?;
+                let reference = reference.map(|reference| self.adopt(reference)).transpose()?;
                 editing = self.editing_decoder(observer)?;
                 let decoder = &*editing;
                 (decoder.condition(&embeds, reference.as_ref(), size)?, &decoder.dit, Stage::EditingDecoder)

@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 
 use burn::tensor::FloatDType;
 use nexus::ar::{
-    ArConfig, ArModel, FinishReason, GenerateEvent, GenerateOptions, Generation, ImagePass, PositionsAfterImage,
-    Prompt, Sampler, SamplingOptions, TokenIds, generate, position_ids,
+    ArConfig, ArModel, Context, FinishReason, GenerateEvent, GenerateOptions, Generation, ImagePass,
+    PositionsAfterImage, Prompt, Sampler, SamplingOptions, TokenIds, generate, generate_in, position_ids,
 };
 use nexus::vision_encoder::{VisionConfig, VisionEncoder};
 use nexus::{
@@ -119,14 +119,9 @@ fn check(name: &str, pass: ImagePass, after: PositionsAfterImage) -> Generation 
         PositionsAfterImage::Trained => "out.trained.",
     };
     let repetition_penalty: f64 = fixture.meta("repetition_penalty");
-    let mut eos_token_ids: Vec<u32> = fixture.meta("eos_token_ids");
-    if eos_token_ids.is_empty() {
-        // In the reference nothing ended this reply; here an empty list means the model's own id.
-        eos_token_ids.push(u32::MAX);
-    }
     let options = GenerateOptions {
         max_new_tokens: fixture.meta("max_new_tokens"),
-        eos_token_ids,
+        eos_token_ids: Some(fixture.meta("eos_token_ids")),
         sampling: SamplingOptions { repetition_penalty: repetition_penalty as f32, ..SamplingOptions::greedy() },
         image_pass: pass,
         positions_after_image: after,
@@ -296,6 +291,84 @@ fn the_observer_hears_every_token_and_stops() {
     .unwrap();
     assert_eq!(found.finish, FinishReason::Stopped);
     assert_eq!(found.new_token_ids(), heard);
+}
+
+/// What follows in a context is what follows a prompt that is read anew, and only what differs is fed.
+#[test]
+fn a_context_continues_as_a_prompt_that_is_read_anew() {
+    let (model, token_ids, _) = drawing();
+    let ids = model.config().token_ids;
+    for do_sample in [false, true] {
+        let sampling = SamplingOptions { do_sample, top_k: 5, seed: 3, ..SamplingOptions::default() };
+        let options = GenerateOptions { max_new_tokens: 110, sampling, ..GenerateOptions::default() };
+        let mut context = Context::new();
+        let mut run = |token_ids: &[u32], images: &[ImageEmbeds]| {
+            let prompt = Prompt { token_ids, images };
+            let quiet = &mut |_: GenerateEvent<'_>| ControlFlow::Continue(());
+            let found = generate_in(&model, &mut context, prompt, &options, quiet).unwrap();
+            let anew = generate(&model, prompt, &options, quiet).unwrap();
+            assert_eq!((&found.token_ids, &found.positions), (&anew.token_ids, &anew.positions));
+            assert_eq!(context.token_ids(), &found.token_ids[..found.positions.len()]);
+            for (one, other) in found.images.iter().zip(&anew.images) {
+                assert_close_tensors(&one.values, &other.values, TOLERANCE);
+            }
+            found
+        };
+        let first = run(&token_ids, &[]);
+        assert_eq!(first.reused_len, 0);
+        // The reply's picture comes back as one that was encoded: all before it is kept.
+        let mut longer = first.token_ids.clone();
+        longer.extend([ids.eos_token_id, 5, 6]);
+        let begin = longer.iter().position(|id| *id == ids.vision_start_token_id);
+        let second = run(&longer, &first.images);
+        assert_eq!(second.reused_len, begin.map_or(first.positions.len(), |begin| begin + 1));
+        // With that picture in the context, only what is new is read.
+        let mut longest = longer.clone();
+        longest.extend([7, 8, 9]);
+        assert_eq!(run(&longest, &first.images).reused_len, longer.len());
+        // Another beginning shares nothing but that.
+        assert_eq!(run(&[token_ids[0], 9, 9], &[]).reused_len, 1);
+    }
+}
+
+#[test]
+fn a_stopped_or_failed_reply_leaves_a_context_that_can_be_used() {
+    let (model, token_ids, _) = drawing();
+    let (options, mut context) = (GenerateOptions { max_new_tokens: 5, ..GenerateOptions::default() }, Context::new());
+    let prompt = Prompt { token_ids: &token_ids, images: &[] };
+    let stop = &mut |event: GenerateEvent<'_>| match event {
+        GenerateEvent::Token { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let stopped = generate_in(&model, &mut context, prompt, &options, stop).unwrap();
+    assert_eq!(stopped.finish, FinishReason::Stopped);
+    assert_eq!(context.len(), token_ids.len());
+    let unusable = Prompt { token_ids: &[token_ids[0], u32::MAX], images: &[] };
+    let quiet = &mut |_: GenerateEvent<'_>| ControlFlow::Continue(());
+    assert!(generate_in(&model, &mut context, unusable, &options, quiet).is_err());
+    assert_eq!(context.token_ids(), token_ids);
+    let again = generate_in(&model, &mut context, prompt, &options, quiet).unwrap();
+    assert_eq!(again.reused_len, token_ids.len() - 1);
+    assert_eq!(again.token_ids, generate(&model, prompt, &options, quiet).unwrap().token_ids);
+}
+
+#[test]
+fn a_reply_is_as_long_as_it_must_be() {
+    let (model, token_ids, _) = drawing();
+    let prompt = Prompt { token_ids: &token_ids, images: &[] };
+    let run = |min_new_tokens| {
+        let options = GenerateOptions { max_new_tokens: 120, min_new_tokens, ..GenerateOptions::default() };
+        generate(&model, prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap()
+    };
+    let free = run(0);
+    assert_eq!(free.finish, FinishReason::EndOfTurn);
+    let len = free.new_token_ids().len();
+    assert_eq!(run(len - 1).token_ids, free.token_ids);
+    let longer = run(len).token_ids;
+    assert_eq!(longer[..free.token_ids.len() - 1], free.token_ids[..free.token_ids.len() - 1]);
+    assert!(longer.len() > free.token_ids.len());
+    let endless = run(usize::MAX);
+    assert_eq!((endless.finish, endless.new_token_ids().len()), (FinishReason::Length, 120));
 }
 
 #[test]

@@ -58,12 +58,12 @@ pub enum PositionsAfterImage {
 pub struct GenerateOptions {
     /// Longest reply in tokens, the 81 of each image included.
     pub max_new_tokens: usize,
-    /// Shortest reply in tokens: until then no id that ends a reply is chosen. From `max_new_tokens` on, none ever is.
+    /// Shortest reply in tokens, its end not counted: until then no id that ends a reply is chosen.
     pub min_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
-    /// Ids that end the reply; empty means the model's `eos_token_id`.
-    pub eos_token_ids: Vec<u32>,
+    /// Ids that end the reply, by default the model's `eos_token_id`; with none, only its length ends it.
+    pub eos_token_ids: Option<Vec<u32>>,
     /// How images are computed.
     pub image_pass: ImagePass,
     /// Where text goes on after an image.
@@ -85,7 +85,7 @@ impl Default for GenerateOptions {
             max_new_tokens: 1024,
             min_new_tokens: 0,
             sampling: SamplingOptions::default(),
-            eos_token_ids: vec![],
+            eos_token_ids: None,
             image_pass: ImagePass::default(),
             positions_after_image: PositionsAfterImage::default(),
             dtype: default_dtype(),
@@ -216,7 +216,7 @@ pub fn generate_in(
     let mut kept = std::mem::take(context);
     kept.truncate(reused);
     let own_eos = [ids.eos_token_id];
-    let eos = if options.eos_token_ids.is_empty() { &own_eos[..] } else { &options.eos_token_ids };
+    let eos = options.eos_token_ids.as_deref().unwrap_or(&own_eos);
     let writer = Writer::new(model, &mut kept, prompt.token_ids, options, eos);
     let result = writer.write(embeds, positions, sampler, observer);
     match &result {

@@ -113,11 +113,13 @@ impl Sampler {
     fn rank(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let mut ranked: Vec<(u32, f32)> =
             (0..).zip(logits.iter().map(|score| score / self.options.temperature)).collect();
-        ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        // Ids with the same score as the last of the top k stay; a vocabulary is long, so only what stays is sorted.
         if self.options.top_k > 0 && self.options.top_k < ranked.len() {
-            let smallest = ranked[self.options.top_k - 1].1;
+            let (_, (_, smallest), _) = ranked.select_nth_unstable_by(self.options.top_k - 1, likelier);
+            let smallest = *smallest;
             ranked.retain(|(_, score)| *score >= smallest);
         }
+        ranked.sort_unstable_by(likelier);
         let largest = ranked[0].1;
         let mut weights: Vec<(u32, f64)> =
             ranked.iter().map(|(id, score)| (*id, f64::from(score - largest).exp())).collect();
@@ -160,6 +162,11 @@ impl Sampler {
         let (high, low) = (self.random.next_u32() >> 5, self.random.next_u32() >> 6);
         (f64::from(high) * f64::from(1u32 << 26) + f64::from(low)) / (1u64 << 53) as f64
     }
+}
+
+/// Order of ids by score, likeliest first; of equal ones the smaller id comes first.
+fn likelier(one: &(u32, f32), other: &(u32, f32)) -> std::cmp::Ordering {
+    other.1.total_cmp(&one.1).then(one.0.cmp(&other.0))
 }
 
 fn argmax(scores: &[f32]) -> u32 {
@@ -213,6 +220,39 @@ mod tests {
         assert!(found[3] > 0.1);
         let found = frequencies(&mut sampler(|options| options.top_p = 0.01), &logits());
         assert_eq!((found[0], found[2], found[3]), (0.0, 0.0, 0.0));
+    }
+
+    /// What [`Sampler::rank`] gives, by sorting everything first.
+    fn ranked_by_sorting(options: &SamplingOptions, logits: &[f32]) -> Vec<(u32, f64)> {
+        let mut ranked: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|score| score / options.temperature)).collect();
+        ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if options.top_k > 0 && options.top_k < ranked.len() {
+            let smallest = ranked[options.top_k - 1].1;
+            ranked.retain(|(_, score)| *score >= smallest);
+        }
+        let largest = ranked[0].1;
+        ranked.iter().map(|(id, score)| (*id, f64::from(score - largest).exp())).collect()
+    }
+
+    #[test]
+    fn selecting_before_sorting_ranks_as_sorting_does() {
+        let mut random = Mt::new(7);
+        for case in 0..300 {
+            let len = 1 + random.next_u32() as usize % 400;
+            // Few different scores make many ties; some are zeros of both signs, some are excluded.
+            let kinds = [3, 20, 1 << 20][case % 3];
+            let mut score = || match random.next_u32() % kinds {
+                0 => -0.0,
+                1 => f32::NEG_INFINITY,
+                kind => (kind - 2) as f32 * 0.37 - 3.0 * 0.37,
+            };
+            let mut logits: Vec<f32> = (0..len).map(|_| score()).collect();
+            logits[0] = 0.0;
+            for top_k in [0, 1, 2, 3, 20, len.saturating_sub(1), len, len + 1] {
+                let sampler = sampler(|options| (options.top_k, options.temperature) = (top_k, 0.7));
+                assert_eq!(sampler.rank(&logits), ranked_by_sorting(&sampler.options, &logits), "{len} {top_k}");
+            }
+        }
     }
 
     #[test]

@@ -23,11 +23,19 @@ pub enum DataError {
         /// Images given.
         images: usize,
     },
-    /// A message spells a token that stands for an image; the model would look for pixels that do not exist.
-    #[error("the text contains the reserved token `{token}`; write `<image>` where an image goes")]
+    /// A message spells a token that stands for an image, or that begins or ends a turn.
+    #[error(
+        "the text contains the reserved token `{token}`; write `<image>` where an image goes, and each turn as a message"
+    )]
     SpecialTokenInText {
         /// Token that was found.
         token: &'static str,
+    },
+    /// A message has embeddings where the image itself is needed.
+    #[error("message {message} has embeddings in the place of an image, and here its pixels are needed")]
+    PixelsMissing {
+        /// Which message, from 0.
+        message: usize,
     },
     /// A conversation to learn from in which the model says nothing.
     #[error("the conversation has no message of the assistant")]

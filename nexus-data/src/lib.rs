@@ -42,10 +42,10 @@ pub use image_processor::{
     TEMPORAL_PATCH_SIZE, decoder_image, smart_resize,
 };
 pub use message::{Message, Part, Role};
-pub use processor::{ModelInput, ProcessOptions, Processor};
+pub use processor::{ModelInput, ProcessOptions, Processor, PromptImage};
 pub use prompt::{
     IMAGE_MARKER, IMAGE_PAD, Language, VIDEO_PAD, VISION_END, VISION_START, clean_reply, edit_prompt,
-    expand_image_pads, generation_prompt, render_chat, understanding_prompt,
+    expand_image_pads, generation_prompt, render_chat, without_reserved_tokens,
 };
 pub use resample::{Filter, resize};
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer};

@@ -1,5 +1,7 @@
 //! Messages of a conversation, the input of the whole pipeline: a role, and parts that are text or images in order.
 
+use nexus_core::ImageEmbeds;
+
 use crate::image::Image;
 
 /// Who speaks.
@@ -31,12 +33,29 @@ impl Role {
 }
 
 /// One piece of a message.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub enum Part {
     /// Text, used word for word. `<image>` in it marks the place of an image of the same message.
     Text(String),
     /// A picture.
     Image(Image),
+    /// A picture that has been encoded, or that was predicted and is not drawn.
+    Embeds(ImageEmbeds),
+}
+
+/// Embeddings are equal if their sizes and values are; those that cannot be read from their device equal none.
+impl PartialEq for Part {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Text(one), Self::Text(other)) => one == other,
+            (Self::Image(one), Self::Image(other)) => one == other,
+            (Self::Embeds(one), Self::Embeds(other)) => {
+                let values = |embeds: &ImageEmbeds| embeds.values.clone().try_into_data().ok();
+                one.grid == other.grid && values(one).is_some_and(|one| values(other) == Some(one))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// One turn of a conversation.
@@ -86,11 +105,23 @@ impl Message {
         self
     }
 
-    /// The images of this message, in order.
+    /// Adds the embeddings of an image after the parts so far.
+    #[must_use]
+    pub fn with_embeds(mut self, embeds: ImageEmbeds) -> Self {
+        self.parts.push(Part::Embeds(embeds));
+        self
+    }
+
+    /// How many images this message has, those that are embeddings included.
+    pub fn num_images(&self) -> usize {
+        self.parts.iter().filter(|part| !matches!(part, Part::Text(_))).count()
+    }
+
+    /// The images of this message that have pixels, in order.
     pub fn images(&self) -> impl Iterator<Item = &Image> {
         self.parts.iter().filter_map(|part| match part {
             Part::Image(image) => Some(image),
-            Part::Text(_) => None,
+            Part::Text(_) | Part::Embeds(_) => None,
         })
     }
 
@@ -98,7 +129,7 @@ impl Message {
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         self.parts.iter().filter_map(|part| match part {
             Part::Text(text) => Some(text.as_str()),
-            Part::Image(_) => None,
+            Part::Image(_) | Part::Embeds(_) => None,
         })
     }
 }
@@ -115,6 +146,18 @@ mod tests {
         assert_eq!(message.parts, [Part::Text("a".into()), Part::Image(image.clone()), Part::Text("b".into())]);
         assert_eq!(message.texts().collect::<Vec<_>>(), ["a", "b"]);
         assert_eq!(message.images().collect::<Vec<_>>(), [&image]);
+    }
+
+    #[test]
+    fn embeddings_are_images_without_pixels() {
+        let embeds = |value: f32| {
+            let values = burn::tensor::Tensor::full([1, 2, 4], value, &nexus_core::testing::cpu());
+            ImageEmbeds::new(values, nexus_core::GridThw { t: 1, h: 2, w: 4 }).unwrap()
+        };
+        let message = Message::text("a").with_embeds(embeds(1.0));
+        assert_eq!((message.num_images(), message.images().count()), (1, 0));
+        assert_eq!(message, Message::text("a").with_embeds(embeds(1.0)));
+        assert_ne!(message, Message::text("a").with_embeds(embeds(2.0)));
     }
 
     #[test]

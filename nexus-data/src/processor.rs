@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use nexus_core::GridThw;
+use nexus_core::{GridThw, ImageEmbeds};
 
 use crate::error::DataError;
 use crate::image::{Alpha, Image};
 use crate::image_processor::{ImageProcessor, MAX_PIXELS_AR, Patches};
-use crate::message::Message;
+use crate::message::{Message, Part};
 use crate::prompt::{clean_reply, expand_image_pads, render_chat};
 use crate::tokenizer::Tokenizer;
 
@@ -28,21 +28,40 @@ impl Default for ProcessOptions {
     }
 }
 
+/// An image of a prompt.
+#[derive(Debug, Clone)]
+pub enum PromptImage {
+    /// Pixels for the vision encoder.
+    Patches(Patches),
+    /// What the vision encoder, or the language model, has made already.
+    Embeds(ImageEmbeds),
+}
+
+impl PromptImage {
+    /// Size of the image in patches.
+    pub fn grid(&self) -> GridThw {
+        match self {
+            Self::Patches(patches) => patches.grid,
+            Self::Embeds(embeds) => embeds.grid,
+        }
+    }
+}
+
 /// What the models read.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ModelInput {
     /// The rendered prompt, with one `<|image_pad|>` per image.
     pub text: String,
     /// Token ids of the prompt, with one `<|image_pad|>` per merged token of each image.
     pub token_ids: Vec<u32>,
     /// The images in the order of the prompt.
-    pub images: Vec<Patches>,
+    pub images: Vec<PromptImage>,
 }
 
 impl ModelInput {
     /// Sizes of the images, in order.
     pub fn grids(&self) -> Vec<GridThw> {
-        self.images.iter().map(|patches| patches.grid).collect()
+        self.images.iter().map(PromptImage::grid).collect()
     }
 }
 
@@ -89,34 +108,12 @@ impl Processor {
         options: &ProcessOptions,
     ) -> Result<ModelInput, DataError> {
         let text = render_chat(messages, add_generation_prompt)?;
-        self.prepare(text, messages.iter().flat_map(Message::images), options)
-    }
-
-    /// Prepares a prompt that is rendered already, with one `<|image_pad|>` where each image goes.
-    ///
-    /// # Errors
-    /// [`DataError::EmptyPrompt`] if the text is empty; [`DataError::ImageMarkers`] if there are not as many
-    /// `<|image_pad|>` as images; otherwise as [`Processor::process`].
-    pub fn process_text(
-        &self,
-        text: &str,
-        images: &[Image],
-        options: &ProcessOptions,
-    ) -> Result<ModelInput, DataError> {
-        if text.is_empty() {
-            return Err(DataError::EmptyPrompt);
-        }
-        self.prepare(text.to_string(), images.iter(), options)
-    }
-
-    fn prepare<'a>(
-        &self,
-        text: String,
-        images: impl Iterator<Item = &'a Image>,
-        options: &ProcessOptions,
-    ) -> Result<ModelInput, DataError> {
-        let patches = images.map(|image| self.input_patches(image, options));
-        let mut input = ModelInput { text, token_ids: Vec::new(), images: patches.collect::<Result<_, _>>()? };
+        let images = messages.iter().flat_map(|message| &message.parts).filter_map(|part| match part {
+            Part::Text(_) => None,
+            Part::Image(image) => Some(self.input_patches(image, options).map(PromptImage::Patches)),
+            Part::Embeds(embeds) => Some(Ok(PromptImage::Embeds(embeds.clone()))),
+        });
+        let mut input = ModelInput { text, token_ids: Vec::new(), images: images.collect::<Result<_, _>>()? };
         input.token_ids = self.tokenizer.encode(&expand_image_pads(&input.text, &input.grids())?)?;
         Ok(input)
     }
@@ -185,7 +182,7 @@ mod tests {
         let message = Message::user().with_image(grey(600, 300));
         let grid = |max_pixels| {
             let options = ProcessOptions { max_pixels, ..Default::default() };
-            processor.process(std::slice::from_ref(&message), true, &options).unwrap().images[0].grid
+            processor.process(std::slice::from_ref(&message), true, &options).unwrap().images[0].grid()
         };
         assert_eq!(grid(MAX_PIXELS_AR), GridThw { t: 1, h: 22, w: 42 });
         assert_eq!(grid(20_000), GridThw { t: 1, h: 6, w: 14 });
@@ -200,25 +197,25 @@ mod tests {
         let first_value = |alpha| {
             let options = ProcessOptions { alpha, ..Default::default() };
             let message = Message::user().with_image(clear.clone());
-            processor.process(&[message], true, &options).unwrap().images[0].values[0]
+            let input = processor.process(&[message], true, &options).unwrap();
+            let [PromptImage::Patches(patches)] = &input.images[..] else { panic!("pixels stay pixels") };
+            patches.values[0]
         };
         assert!(first_value(Alpha::Drop) < 0.0);
         assert!(first_value(Alpha::OnWhite) > 0.0);
     }
 
     #[test]
-    fn a_rendered_prompt_is_taken_word_for_word() {
+    fn embeddings_take_the_places_of_their_grid() {
         let processor = processor();
-        let options = ProcessOptions::default();
-        let text = "x<|vision_start|><|image_pad|><|vision_end|>";
-        let input = processor.process_text(text, &[grey(56, 56)], &options).unwrap();
-        assert_eq!(input.text, text);
-        assert_eq!(input.token_ids.len(), 1 + 1 + 4 + 1);
-        assert!(matches!(processor.process_text("", &[], &options), Err(DataError::EmptyPrompt)));
-        let result = processor.process_text(text, &[], &options);
-        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 1, images: 0 })));
-        let result = processor.process_text("x", &[grey(56, 56)], &options);
-        assert!(matches!(result, Err(DataError::ImageMarkers { markers: 0, images: 1 })));
+        let (device, grid) = (nexus_core::testing::cpu(), GridThw { t: 1, h: 2, w: 6 });
+        let embeds = ImageEmbeds::new(burn::tensor::Tensor::zeros([1, 3, 8], &device), grid).unwrap();
+        let message = Message::text("x").with_image(grey(56, 56)).with_embeds(embeds);
+        let input = processor.process(&[message], true, &ProcessOptions::default()).unwrap();
+        assert_eq!(input.grids(), [GridThw { t: 1, h: 4, w: 4 }, grid]);
+        assert!(matches!(&input.images[..], [PromptImage::Patches(_), PromptImage::Embeds(_)]));
+        let image = processor.tokenizer().special_tokens().image;
+        assert_eq!(input.token_ids.iter().filter(|id| **id == image).count(), 4 + 3);
     }
 
     #[test]

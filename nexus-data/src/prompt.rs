@@ -1,8 +1,8 @@
 //! Prompts: messages -> the text that the language model reads, and its reply -> the text that a person reads.
 //!
-//! [`render_chat`] is the chat template; [`generation_prompt`], [`edit_prompt`] and [`understanding_prompt`] are the
-//! wordings that the model was trained on, as the text of a user message; [`expand_image_pads`] makes room for the
-//! embeddings of the images.
+//! [`render_chat`] is the chat template; [`generation_prompt`] and [`edit_prompt`] are the wordings that the model was
+//! trained on, as the text of a user message (a question is asked word for word, after its images); [`expand_image_pads`]
+//! makes room for the embeddings of the images.
 
 use nexus_core::GridThw;
 
@@ -27,7 +27,8 @@ pub const VIDEO_PAD: &str = "<|video_pad|>";
 pub(crate) const IM_START: &str = "<|im_start|>";
 pub(crate) const IM_END: &str = "<|im_end|>";
 const DEFAULT_SYSTEM: &str = "You are a helpful assistant.";
-const RESERVED: [&str; 4] = [IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD];
+/// Tokens that a text may not spell: it would show pixels that do not exist, or speak in another role.
+const RESERVED: [&str; 6] = [IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD, IM_START, IM_END];
 
 /// Language of the wording around a description.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
@@ -90,20 +91,6 @@ pub fn edit_prompt(instruction: &str) -> Result<String, DataError> {
     Ok(format!("{IMAGE_MARKER} {instruction}"))
 }
 
-/// The user text that asks a question about images; goes into a message together with the images.
-///
-/// The question may say with `<image>` where the images go; otherwise they come first.
-///
-/// # Errors
-/// [`DataError::EmptyPrompt`] if the question is blank.
-pub fn understanding_prompt(question: &str, num_images: usize) -> Result<String, DataError> {
-    check_not_blank(&question.replace(IMAGE_MARKER, ""))?;
-    if question.contains(IMAGE_MARKER) {
-        return Ok(question.to_string());
-    }
-    Ok(IMAGE_MARKER.repeat(num_images) + question)
-}
-
 /// Renders a conversation with the chat template; every image becomes one `<|image_pad|>` between its two brackets.
 ///
 /// A default system message comes first unless the conversation begins with one. `add_generation_prompt` opens the
@@ -112,7 +99,7 @@ pub fn understanding_prompt(question: &str, num_images: usize) -> Result<String,
 /// # Errors
 /// [`DataError::EmptyPrompt`] if there is no message, or if a user message has neither text nor image;
 /// [`DataError::ImageMarkers`] if a message has `<image>` markers but not as many images;
-/// [`DataError::SpecialTokenInText`] if a text spells a token that stands for an image.
+/// [`DataError::SpecialTokenInText`] if a text spells a token that stands for an image, or begins or ends a turn.
 ///
 /// Source: Qwen2.5-VL chat template (`chat_template.json`).
 pub fn render_chat(messages: &[Message], add_generation_prompt: bool) -> Result<String, DataError> {
@@ -152,7 +139,7 @@ fn render_content(message: &Message) -> Result<String, DataError> {
     if let Some(token) = message.texts().find_map(|text| RESERVED.into_iter().find(|token| text.contains(token))) {
         return Err(DataError::SpecialTokenInText { token });
     }
-    let images = message.images().count();
+    let images = message.num_images();
     if message.role == Role::User && images == 0 && message.texts().all(|text| text.trim().is_empty()) {
         return Err(DataError::EmptyPrompt);
     }
@@ -163,8 +150,8 @@ fn render_content(message: &Message) -> Result<String, DataError> {
     let picture = [VISION_START, IMAGE_PAD, VISION_END].concat();
     let content = message.parts.iter().map(|part| match part {
         Part::Text(text) => text.replace(IMAGE_MARKER, &picture),
-        Part::Image(_) if markers > 0 => String::new(),
-        Part::Image(_) => picture.clone(),
+        Part::Image(_) | Part::Embeds(_) if markers > 0 => String::new(),
+        Part::Image(_) | Part::Embeds(_) => picture.clone(),
     });
     Ok(content.collect())
 }
@@ -203,6 +190,16 @@ pub fn clean_reply(text: &str) -> String {
     }
     cleaned.push_str(rest);
     cleaned.replace(IM_END, "")
+}
+
+/// A text without the tokens that no message may spell, so that what a model wrote can be a message.
+pub fn without_reserved_tokens(text: &str) -> String {
+    let mut text = text.to_string();
+    // What is left may join to a token again.
+    while let Some(token) = RESERVED.into_iter().find(|token| text.contains(token)) {
+        text = text.replace(token, "");
+    }
+    text
 }
 
 #[cfg(test)]
@@ -275,11 +272,26 @@ mod tests {
     }
 
     #[test]
-    fn texts_cannot_spell_an_image() {
-        for token in ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"] {
-            let result = render_chat(&[Message::text(format!("a{token}b"))], true);
-            assert!(matches!(result, Err(DataError::SpecialTokenInText { token: found }) if found == token));
+    fn texts_can_spell_neither_an_image_nor_a_turn() {
+        for token in
+            ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
+        {
+            for message in [Message::user(), Message::system(), Message::assistant()] {
+                let result = render_chat(&[message.with_text(format!("a{token}b"))], true);
+                assert!(matches!(result, Err(DataError::SpecialTokenInText { token: found }) if found == token));
+            }
         }
+    }
+
+    #[test]
+    fn embeddings_stand_where_an_image_would() {
+        let values = burn::tensor::Tensor::zeros([1, 2, 4], &nexus_core::testing::cpu());
+        let embeds = nexus_core::ImageEmbeds::new(values, GridThw { t: 1, h: 2, w: 4 }).unwrap();
+        let picture = "<|vision_start|><|image_pad|><|vision_end|>";
+        let message = Message::text("a").with_embeds(embeds.clone()).with_text("b").with_image(image());
+        assert_eq!(render_chat(&[message], false).unwrap(), user(&format!("a{picture}b{picture}")));
+        let message = Message::text("Put <image> into <image>.").with_image(image()).with_embeds(embeds);
+        assert_eq!(render_chat(&[message], false).unwrap(), user(&format!("Put {picture} into {picture}.")));
     }
 
     #[test]
@@ -323,17 +335,6 @@ mod tests {
     }
 
     #[test]
-    fn questions_put_the_images_first() {
-        assert_eq!(understanding_prompt("What?", 1).unwrap(), "<image>What?");
-        assert_eq!(understanding_prompt("What differs?", 2).unwrap(), "<image><image>What differs?");
-        assert_eq!(understanding_prompt("What is in <image>?", 1).unwrap(), "What is in <image>?");
-        assert!(matches!(understanding_prompt("\n", 1), Err(DataError::EmptyPrompt)));
-        let message = Message::text(understanding_prompt("What?", 1).unwrap()).with_image(image());
-        let in_parts = Message::user().with_image(image()).with_text("What?");
-        assert_eq!(render_chat(&[message], true).unwrap(), render_chat(&[in_parts], true).unwrap());
-    }
-
-    #[test]
     fn image_pads_are_repeated_once_per_merged_token() {
         let grids = [GridThw { t: 1, h: 2, w: 4 }, GridThw { t: 1, h: 2, w: 2 }];
         let expanded = expand_image_pads("a<|image_pad|>b<|image_pad|>", &grids).unwrap();
@@ -341,6 +342,14 @@ mod tests {
         assert_eq!(expand_image_pads("text", &[]).unwrap(), "text");
         let result = expand_image_pads("a<|image_pad|>", &grids);
         assert!(matches!(result, Err(DataError::ImageMarkers { markers: 1, images: 2 })));
+    }
+
+    #[test]
+    fn what_a_model_wrote_can_be_a_message() {
+        let text = without_reserved_tokens("a <|vision_start|><|image_pad|><|im_start|>b<|endoftext|>");
+        assert_eq!(text, "a b<|endoftext|>");
+        assert_eq!(without_reserved_tokens("<|im_<|im_end|>start|>."), ".");
+        assert!(render_chat(&[Message::assistant().with_text(text)], false).is_ok());
     }
 
     #[test]

@@ -4,9 +4,9 @@ use nexus_core::GridThw;
 
 use crate::error::DataError;
 use crate::image_processor::Patches;
-use crate::message::{Message, Role};
+use crate::message::{Message, Part, Role};
 use crate::processor::{ProcessOptions, Processor};
-use crate::prompt::{IM_END, IM_START, IMAGE_PAD, default_system, expand_image_pads, render_turn, turn_header};
+use crate::prompt::{IMAGE_PAD, default_system, expand_image_pads, render_turn, turn_header};
 
 /// What the language model is trained on for one conversation.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,8 +40,8 @@ impl Processor {
     ///
     /// # Errors
     /// [`DataError::AnswerMissing`], [`DataError::AnswerNotLast`] or [`DataError::AnswerEmpty`] if there is nothing to
-    /// learn; [`DataError::ImageInSystem`] if a system message has an image; [`DataError::SpecialTokenInText`] if a text
-    /// spells a token that begins or ends a turn; otherwise as [`Processor::process`].
+    /// learn; [`DataError::ImageInSystem`] if a system message has an image; [`DataError::PixelsMissing`] if a message has
+    /// embeddings; otherwise as [`Processor::process`].
     ///
     /// Source: supervised fine-tuning of Nexus-Gen with ms-swift.
     pub fn training_input(&self, messages: &[Message], options: &ProcessOptions) -> Result<TrainingInput, DataError> {
@@ -114,9 +114,8 @@ fn check(messages: &[Message]) -> Result<(), DataError> {
         if message.role == Role::Assistant && !has_image && message.texts().all(|text| text.trim().is_empty()) {
             return Err(DataError::AnswerEmpty { message: i });
         }
-        let spelled = |text: &str| [IM_START, IM_END].into_iter().find(|token| text.contains(token));
-        if let Some(token) = message.texts().find_map(spelled) {
-            return Err(DataError::SpecialTokenInText { token });
+        if message.parts.iter().any(|part| matches!(part, Part::Embeds(_))) {
+            return Err(DataError::PixelsMissing { message: i });
         }
     }
     Ok(())
@@ -126,7 +125,7 @@ fn check(messages: &[Message]) -> Result<(), DataError> {
 mod tests {
     use super::*;
     use crate::image::{Alpha, Image};
-    use crate::prompt::render_chat;
+    use crate::prompt::{IM_END, IM_START, render_chat};
     use crate::tokenizer::testing::write_byte_tokenizer;
 
     const IMG: u32 = 534;

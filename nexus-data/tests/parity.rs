@@ -7,7 +7,6 @@ use nexus_core::testing::{fixtures_dir, random_models_dir};
 use nexus_data::{
     Alpha, ClipTokenizer, DataError, Filter, Image, ImageProcessor, Language, Message, Patches, T5Tokenizer, Tokenizer,
     clean_reply, decoder_image, edit_prompt, expand_image_pads, generation_prompt, render_chat, resize, smart_resize,
-    understanding_prompt,
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -110,14 +109,13 @@ fn prompts() {
     for row in rows(&fixture("tokenizer")["prompts"]) {
         let (kind, given) = (text(&row["kind"]), text(&row["given"]));
         let grids: Vec<GridThw> = rows(&row["grids"]).iter().map(grid).collect();
-        let wording = match kind.split('_').next().unwrap() {
-            "generation" => generation_prompt(given, Language::detect(given)),
-            "editing" => edit_prompt(given),
-            "understanding" => understanding_prompt(given, grids.len()),
+        let with_images = |message| grids.iter().fold(message, |message: Message, _| message.with_image(image.clone()));
+        let message = match kind.split('_').next().unwrap() {
+            "generation" => Message::text(generation_prompt(given, Language::detect(given)).unwrap()),
+            "editing" => with_images(Message::text(edit_prompt(given).unwrap())),
+            "understanding" => with_images(Message::user()).with_text(given),
             other => panic!("unknown kind {other}"),
         };
-        let message =
-            grids.iter().fold(Message::text(wording.unwrap()), |message, _| message.with_image(image.clone()));
         let rendered = render_chat(&[message], true).unwrap();
         assert_eq!(rendered, text(&row["text"]), "{kind}");
         let expanded = expand_image_pads(&rendered, &grids).unwrap();

@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use crate::dataset::messages_writer::MessagesWriter;
 use crate::error::{DataError, SampleError};
 use crate::image::Image;
-use crate::image_file::ImageLimits;
 use crate::message::{Message, Part, Role};
 use crate::prompt::IMAGE_MARKER;
 
@@ -35,7 +34,6 @@ pub(super) struct Turn {
 #[derive(Debug, Clone)]
 pub struct MessagesFile {
     path: PathBuf,
-    limits: ImageLimits,
     /// Where each line begins, and where the last one ends.
     bounds: Vec<u64>,
 }
@@ -49,14 +47,7 @@ impl MessagesFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DataError> {
         let path = path.as_ref().to_path_buf();
         let bounds = line_bounds(&path).map_err(|source| DataError::DatasetFile { path: path.clone(), source })?;
-        Ok(Self { path, limits: ImageLimits::default(), bounds })
-    }
-
-    /// Refuses images over these limits, instead of the default ones.
-    #[must_use]
-    pub fn with_limits(mut self, limits: ImageLimits) -> Self {
-        self.limits = limits;
-        self
+        Ok(Self { path, bounds })
     }
 
     /// The file.
@@ -114,7 +105,7 @@ impl MessagesFile {
         }
         let folder = self.path.parent().unwrap_or(Path::new(""));
         let mut opened = images.iter().enumerate().map(|(image, path)| {
-            let opened = Image::open_with(folder.join(path), &self.limits);
+            let opened = Image::open(folder.join(path));
             opened.map(Part::Image).map_err(|source| SampleError::Image { image, source })
         });
         let messages = messages.into_iter().zip(roles).map(|(turn, role)| {
@@ -291,16 +282,6 @@ mod tests {
             message.contains("data.jsonl, line 9: image 1: ") && message.ends_with("no such image file"),
             "{message}"
         );
-    }
-
-    #[test]
-    fn images_over_a_limit_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        picture(1).save(dir.path().join("a.png")).unwrap();
-        let file = file_of(dir.path(), &line("<image>", "b", r#""a.png""#));
-        let file = file.with_limits(ImageLimits { max_pixels: 5, ..ImageLimits::default() });
-        let DataError::Sample { source, .. } = file.get(0).unwrap_err() else { panic!() };
-        assert!(matches!(*source, SampleError::Image { source: DataError::ImageTooLarge { .. }, .. }));
     }
 
     #[test]

@@ -39,11 +39,11 @@ impl MessagesWriter {
     /// Adds a conversation.
     ///
     /// # Errors
-    /// [`DataError::ImageMarkers`] if a message has `<image>` markers but not as many images; [`DataError::ImageWrite`]
-    /// or [`DataError::DatasetFile`] if something cannot be written.
+    /// [`DataError::ImageMarkers`] if a message has `<image>` markers but not as many images; [`DataError::PixelsMissing`]
+    /// if it has embeddings; [`DataError::ImageWrite`] or [`DataError::DatasetFile`] if something cannot be written.
     pub fn push(&mut self, messages: &[Message]) -> Result<(), DataError> {
-        let turns = messages.iter().map(|message| {
-            Ok(Turn { role: message.role.as_str().to_string(), content: content_with_markers(message)? })
+        let turns = messages.iter().enumerate().map(|(index, message)| {
+            Ok(Turn { role: message.role.as_str().to_string(), content: content_with_markers(index, message)? })
         });
         let messages_written = turns.collect::<Result<Vec<_>, DataError>>()?;
         let images = messages.iter().flat_map(Message::images).enumerate().map(|(i, image)| {
@@ -81,17 +81,20 @@ impl Drop for MessagesWriter {
     }
 }
 
-/// The text of a message, with a marker where each image stands.
-fn content_with_markers(message: &Message) -> Result<String, DataError> {
-    let images = message.images().count();
+/// The text of the message of this index, with a marker where each image stands.
+fn content_with_markers(index: usize, message: &Message) -> Result<String, DataError> {
+    let images = message.num_images();
+    if images != message.images().count() {
+        return Err(DataError::PixelsMissing { message: index });
+    }
     let markers: usize = message.texts().map(|text| text.matches(IMAGE_MARKER).count()).sum();
     if markers > 0 && markers != images {
         return Err(DataError::ImageMarkers { markers, images });
     }
     let pieces = message.parts.iter().map(|part| match part {
         Part::Text(text) => text,
-        Part::Image(_) if markers > 0 => "",
-        Part::Image(_) => IMAGE_MARKER,
+        Part::Image(_) | Part::Embeds(_) if markers > 0 => "",
+        Part::Image(_) | Part::Embeds(_) => IMAGE_MARKER,
     });
     Ok(pieces.collect())
 }
