@@ -298,7 +298,7 @@ pub enum DeviceError {
 fn here(compiled: &[&str], found: &[String]) -> String {
     let list = |names: String| if names.is_empty() { "none".to_string() } else { names };
     format!(
-        "backends of this build: {}; devices found: {} (`cargo run --example devices` tells more)",
+        "backends of this build: {}; devices found: {} (`nexus devices` tells more)",
         list(compiled.join(", ")),
         list(found.join(", "))
     )
@@ -361,7 +361,7 @@ mod tests {
             };
             assert_eq!(choose_with(2, name).unwrap_err(), expected);
             let text = expected.to_string();
-            for part in ["use cpu, wgpu", "build: cpu, cuda;", "found: cpu, cuda:0, cuda:1", "--example devices"] {
+            for part in ["use cpu, wgpu", "build: cpu, cuda;", "found: cpu, cuda:0, cuda:1", "`nexus devices`"] {
                 assert!(text.contains(part), "{text} without {part}");
             }
         }

@@ -3,8 +3,8 @@
 # are first used, so the functions of LLVM that burn links are never called, and empty ones take their place. The programs
 # run where the NVIDIA driver and the CUDA toolkit are, which this machine need not have.
 #
-#   tools/cuda_without_llvm.sh build --release --example verify --example bench_stage
-#   CUDARC_CUDA_VERSION=12080 tools/cuda_without_llvm.sh build --release --example verify   # of the toolkit there
+#   tools/cuda_without_llvm.sh build --release -p nexus-cli --features verify,bench
+#   CUDARC_CUDA_VERSION=12080 tools/cuda_without_llvm.sh build --release -p nexus-cli --features verify   # of the toolkit there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

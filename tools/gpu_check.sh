@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 1
 device="${1:?which device: cuda, vulkan, wgpu, metal or rocm, with :N for the N-th of several}"
 out="${2:-gpu-report}"
 feature="${FEATURE:-${device%%:*}}"
-bin=target/release/examples
+nexus=target/release/nexus
 mkdir -p "$out" || exit 1
 # What an earlier check left must not look like a result of this one.
 rm -rf "$out"/{report.md,certificate-f32.json,certificate.json,backends.json,backends.md,backends.svg,run}
@@ -34,15 +34,15 @@ part() {
     [ "$verdict" = pass ]
 }
 
-if part build build.txt cargo build --release --locked --features "$feature" \
-    --example devices --example verify --example bench_backends --example train; then
-    part devices devices.txt "$bin/devices"
+if part build build.txt cargo build --release --locked \
+    -p nexus-cli --features "$feature,verify,bench,train"; then
+    part devices devices.txt "$nexus" devices
     part "certificate in f32" certificate-f32.txt \
-        "$bin/verify" --device "$device" --dtype f32 --json "$out/certificate-f32.json"
-    part certificate certificate.txt "$bin/verify" --device "$device" --json "$out/certificate.json"
-    part benches benches.txt "$bin/bench_backends" --devices "cpu,$device" --out "$out"
+        "$nexus" verify --device "$device" --dtype f32 -o "$out/certificate-f32.json"
+    part certificate certificate.txt "$nexus" verify --device "$device" -o "$out/certificate.json"
+    part benches benches.txt "$nexus" bench --devices "cpu,$device" -o "$out"
     # A minute of training, which ends with an error if a loss is no number.
-    part training training.txt "$bin/train" --recipe recipes/nexus-tiny/generation_decoder.json \
+    part training training.txt "$nexus" train --recipe recipes/nexus-tiny/generation_decoder.json \
         --model assets/nexus-tiny --run "$out/run" --device "$device" --seconds 60
 fi
 

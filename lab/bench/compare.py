@@ -69,16 +69,15 @@ def cargo(*arguments):
 def build(devices):
     """Our program, and the folder for what is built."""
     features = [device.split(":")[0] for device in devices if device != "cpu"]
-    features = ["--features", ",".join(features)] if features else []
-    cargo("build", "--release", "--locked", "--package", "nexus", "--example", "bench_stage", *features)
+    cargo("build", "--release", "--locked", "--package", "nexus-cli", "--features", ",".join(["bench", "train", *features]))
     target = Path(json.loads(cargo("metadata", "--format-version", "1", "--no-deps"))["target_directory"])
-    return target / "release/examples/bench_stage", target
+    return target / "release/nexus", target
 
 
 def programs(arguments, nexus):
     """Name -> command up to the name of the stage, number of threads, and device of ours."""
     threads = arguments.threads
-    ours = [str(nexus), "run", *(["--avx2"] if arguments.avx2 else [])]
+    ours = [str(nexus), "--json", "bench", "run", *(["--avx2"] if arguments.avx2 else [])]
     torch = [sys.executable, str(HERE / "torch_stage.py"), "--threads", str(threads)]
     if arguments.devices == ["cpu"]:
         commands = {
@@ -106,10 +105,9 @@ def measure(arguments, command, threads, device, stage, output):
     environment = os.environ | {name: str(threads) for name in variables} | {"MIMALLOC_PURGE_DELAY": "-1"}
     if arguments.avx2:
         environment |= AVX2
-    if device:
-        environment["BURN_DEVICE"] = device
     limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
     command = [*command, stage, "--models", str(arguments.models), "--output", str(output), *limits]
+    command += ["--device", device] if device else []
     best = None
     for _ in range(1 + arguments.retries):
         wait_for_quiet(arguments.wait, arguments.most_others)
@@ -154,11 +152,11 @@ def commit():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = "names that `bench_stage list` prints; without any all, on a CPU but the models of the released size"
+    help = "names that `nexus bench list` prints; without any all, on a CPU but the models of the released size"
     parser.add_argument("stages", nargs="*", help=help)
     help = "of ours, such as cuda,vulkan; PyTorch is on cuda for all but cpu"
     parser.add_argument("--devices", type=lambda names: names.split(","), default=["cpu"], help=help)
-    parser.add_argument("--nexus", type=Path, help="bench_stage, built before; cargo builds it without this")
+    parser.add_argument("--nexus", type=Path, help="the program nexus, built before; cargo builds it without this")
     parser.add_argument("--commit", help="of that program; git says it without this")
     parser.add_argument("--docs", action="store_true", help="rewrite docs/src/performance.md and its plot")
     parser.add_argument("--models", type=Path, help="folder of the weights; written if it is not there")
@@ -184,8 +182,8 @@ def main():
         nexus, target = (arguments.nexus.resolve(), ROOT / "target") if arguments.nexus else build(arguments.devices)
         arguments.models = arguments.models or target / "bench-models"
         if not (arguments.models / LAST_WRITTEN).exists():
-            subprocess.run([nexus, "write", arguments.models], check=True)
-        names = subprocess.run([nexus, "list"], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+            subprocess.run([nexus, "bench", "write", arguments.models], check=True)
+        names = subprocess.run([nexus, "bench", "list"], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
         if arguments.devices == ["cpu"]:
             names = [name for name in names if name in arguments.stages or not name.startswith(RELEASED)]
         commands = programs(arguments, nexus)

@@ -1,4 +1,4 @@
-"""Times one stage in PyTorch and prints one line of JSON, like `examples/bench_stage.rs`.
+"""Times one stage in PyTorch and prints one line of JSON, like `nexus bench run`.
 
     python lab/bench/torch_stage.py prefill_300 --models DIR --dtype bf16 --threads 2
 """
@@ -305,7 +305,7 @@ def peak_bytes():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--models", type=Path, required=True, help="folder that `bench_stage write` made")
+    parser.add_argument("--models", type=Path, required=True, help="folder that `nexus bench write` made")
     parser.add_argument("--dtype", choices=("f32", "bf16"), required=True, help="of weights and activations")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, required=True)

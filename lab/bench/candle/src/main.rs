@@ -1,4 +1,4 @@
-//! How fast are candle's FLUX transformer and autoencoder? One stage per process, over the weights of `bench_stage write`
+//! How fast are candle's FLUX transformer and autoencoder? One stage per process, over the weights of `nexus bench write`
 //! converted to f32; prints the line of JSON that `lab/bench/compare.py --candle` reads.
 
 use std::{
@@ -25,7 +25,7 @@ const NO_SUCH_STAGE: i32 = 3;
 const IMAGE_TOKENS: usize = 81;
 const LATENTS: usize = 64;
 
-/// The options of `examples/bench_stage.rs`.
+/// The options of `nexus bench run`.
 #[derive(Parser)]
 struct Arguments {
     stage: String,
