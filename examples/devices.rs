@@ -1,34 +1,30 @@
-//! Which devices does nexus see here? `cargo run --release --features wgpu --example devices`
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "examples talk to a person")]
+//! How do I choose a device and a dtype? `cargo run --release --features wgpu --example devices -- wgpu`
+#![allow(clippy::print_stdout, reason = "an example talks to a person")]
 
 use anyhow::Result;
-use nexus::{DeviceInfo, FloatDType, Precision};
+use nexus::{DeviceInfo, FloatDType, Nexus, Precision, Quantization, Residency};
 
 fn main() -> Result<()> {
-    let names = nexus::devices();
-    if names.is_empty() {
-        println!("no device: build with one of the features cpu, wgpu, vulkan, metal, cuda, rocm");
-        return Ok(());
+    // Names of all devices for which this build has a backend: `cpu`, `cuda:0`, `wgpu:0`, ...
+    println!("devices here: {}", nexus::devices().join(", "));
+    let name = std::env::args().nth(1).unwrap_or_else(|| "cpu".to_string());
+    let model = std::env::args().nth(2).unwrap_or_else(|| "assets/nexus-tiny".to_string());
+
+    // A device is asked to add before it is trusted; the error says what there is instead.
+    let device = nexus::device(&name)?;
+    println!("{name}: {}, {:?} unless told otherwise", DeviceInfo::of(&device), Precision::of(&device));
+
+    // Activations in bf16 if the device has it, weights in 8 bits, and one stage in memory at a time.
+    let mut loader = Nexus::loader(model).quantization(Quantization::Q8).residency(Residency::OneStageAtATime);
+    if device.supports_dtype(FloatDType::BF16) {
+        loader = loader.compute_dtype(FloatDType::BF16);
     }
-    println!("{:<10} {:<16} {:<24} {:<16} device", "--device", "computes in", "weights by default", "used by default");
-    for name in names {
-        let device = match nexus::device(&name) {
-            Ok(device) => device,
-            Err(error) => {
-                eprintln!("{error}");
-                continue;
-            }
-        };
-        let supported: Vec<String> = [FloatDType::F32, FloatDType::F16, FloatDType::BF16]
-            .into_iter()
-            .filter(|&dtype| device.supports_dtype(dtype))
-            .map(|dtype| format!("{dtype:?}").to_lowercase())
-            .collect();
-        let Precision { weights, compute } = Precision::of(&device);
-        let compute = format!("{compute:?}").to_lowercase();
-        let (supported, weights) = (supported.join(" "), format!("{weights:?}").to_lowercase());
-        let info = DeviceInfo::of(&device);
-        println!("{name:<10} {supported:<16} {weights:<24} {compute:<16} {info}");
+    let nexus = loader.load(&device, ())?;
+    let options = nexus.default_options().generate.clone();
+    nexus.generate("a blue square", &options, ())?.save("devices.png")?;
+    for (stage, bytes) in nexus.loaded() {
+        println!("in memory: the {stage}, {} kB", bytes / 1000);
     }
+    println!("devices.png");
     Ok(())
 }
