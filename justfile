@@ -1,4 +1,4 @@
-# Short names for what developers do often; `just --list` shows them.
+# Short names for what developers and CI do; `just --list` shows them.
 
 # Everything that a change must pass.
 ci:
@@ -8,9 +8,19 @@ ci:
 fmt:
     cargo fmt --all
 
+# Formatting, lints and documentation, with warnings denied.
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
 # Tests one crate, or all without an argument.
 test crate="":
-    cargo test {{ if crate == "" { "--workspace" } else { "-p " + crate } }}
+    cargo test --locked {{ if crate == "" { "--workspace" } else { "-p " + crate } }}
+
+# Everything is checked with the oldest Rust that is promised.
+msrv:
+    cargo "+$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)" check --workspace --locked
 
 # Stage benches on the CPU.
 bench:
@@ -36,6 +46,27 @@ gpu-tests:
 gpu-check device out="gpu-report":
     tools/gpu_check.sh {{ device }} {{ out }}
 
+# The certificate in every dtype that CI leaves out.
+certificates:
+    tools/certificates.sh
+
 # Checks licences and advisories of the dependencies (needs cargo-deny).
 deny:
     cargo deny check
+
+# Compares what the crates promise with docs/public-api (needs cargo-public-api and a nightly toolchain).
+public-api:
+    tools/public_api.sh check
+
+# Writes docs/public-api anew, for a change that means to change what is promised.
+public-api-update:
+    tools/public_api.sh update
+
+# The pages of the book in target/book (needs mdbook).
+book:
+    mdbook build docs
+
+# The code and the links of the book, then its commands.
+book-tests:
+    cargo test --locked --package nexus-book
+    docs/check.sh

@@ -1,0 +1,19 @@
+//! The pages of the book as documentation: their Rust code is compiled, and most of it run, by `cargo test --doc`.
+
+macro_rules! pages {
+    ($($page:ident: $file:literal),+ $(,)?) => {
+        $(
+            #[cfg(doctest)]
+            #[doc = include_str!($file)]
+            pub mod $page {}
+        )+
+    };
+}
+
+pages! {
+    converse: "src/converse.md",
+    devices: "src/devices.md",
+    introduction: "src/introduction.md",
+    start: "src/start.md",
+    weights: "src/weights.md",
+}
