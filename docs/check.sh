@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the commands of the book's guides, in the order in which they stand: each block that begins with ```sh, page by page, each
-# page in a copy of the repository's tracked files, so that nothing is left behind. What is built is kept in the target directory.
+# Runs the commands of the guides that are walked through from the first to the last: each block that begins with ```sh, in the
+# order in which they stand, each page in a copy of the repository's tracked files, so that nothing is left behind. What is built is
+# kept in the target directory. The program's own tests run the commands of its page.
 #
-#   docs/check.sh             # all pages
+#   docs/check.sh             # all of them
 #   docs/check.sh train       # one
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,11 +12,8 @@ export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
-pages=("$@")
-if [ ${#pages[@]} = 0 ]; then
-    mapfile -t pages < <(grep -l '^```sh$' docs/src/*.md | xargs -n 1 basename | sed 's/\.md$//')
-fi
-for page in "${pages[@]}"; do
+[ $# -gt 0 ] || set -- start train
+for page in "$@"; do
     echo "== $page"
     mkdir -p "$work/$page/nexus"
     git ls-files -z | xargs -0 cp --parents -t "$work/$page/nexus"
