@@ -9,7 +9,7 @@ fn main() -> Result<()> {
     let nexus = Nexus::load(model, &nexus::device("cpu")?)?;
 
     // Bytes that are in memory already: `Image::from_bytes`; pixels: `Image::from_rgb8`.
-    let source = Image::open("assets/nexus-tiny/scene.png")?;
+    let source = Image::open("assets/nexus-tiny/sample.png")?;
 
     // The result has the size of the options; for another one, set both sides.
     let options = nexus.default_options().edit.clone();

@@ -68,6 +68,7 @@ mod licences;
 mod loader;
 mod nexus;
 mod options;
+mod parts;
 mod progress;
 mod reply;
 mod slot;

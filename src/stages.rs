@@ -2,7 +2,6 @@
 
 use std::{
     ops::{ControlFlow, Deref},
-    path::Path,
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -17,7 +16,7 @@ use nexus_data::{ClipTokenizer, Image, Patches, PromptImage, T5_LEN, T5Tokenizer
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, EditingDecoder,
     GenerationDecoder, LatentSize, Noise, T5Encoder, Tiling,
-    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig, T5Config},
+    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, T5Config},
     weights,
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
@@ -135,27 +134,18 @@ impl Stages {
             config.dit.validate_with(ae_config.as_ref(), clip_config.as_ref(), t5_config.as_ref())
         };
         if let Ok(path) = self.files.generation_decoder() {
-            let config = self.diffusion_config(&path)?;
+            let config = self.files.diffusion_config(path.parent().unwrap_or(&self.files.nexus))?;
             fits(&config)?;
             let decoder = GenerationDecoder::new(&config, device);
             check_module(&decoder, &Checkpoint::open(path)?, &weights::GENERATION_DECODER, options)?;
         }
         if let Ok(path) = self.files.edit_decoder() {
-            let config = self.diffusion_config(&path)?;
+            let config = self.files.diffusion_config(path.parent().unwrap_or(&self.files.nexus))?;
             fits(&config)?;
             let decoder = EditingDecoder::new(&config, device);
             check_module(&decoder, &Checkpoint::open(path)?, &weights::EDITING_DECODER, options)?;
         }
         Ok(())
-    }
-
-    /// Sizes of a decoder: those that lie beside its weights, or the released ones.
-    fn diffusion_config(&self, decoder: &Path) -> Result<DiffusionConfig, Error> {
-        let dir = decoder.parent().unwrap_or(&self.files.nexus);
-        let config =
-            DiffusionConfig { merger: MergerConfig::read(&self.files.config())?, dit: DitConfig::read_beside(dir)? };
-        config.validate()?;
-        Ok(config)
     }
 
     /// How the small stages are loaded: all but the language model and the decoders.
@@ -234,38 +224,32 @@ impl Stages {
 
     pub(crate) fn vision_encoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, VisionEncoder>, Error> {
         self.lease(Stage::VisionEncoder, &self.vision_encoder, observer, || {
-            let (checkpoint, config) = (&self.language_model, &self.vision_config);
-            Ok(VisionEncoder::load(checkpoint, config, &self.device, &self.unquantized())?)
+            self.files.load_vision_encoder(&self.device, &self.unquantized())
         })
     }
 
     pub(crate) fn ar(&self, observer: &mut dyn Observer) -> Result<Lease<'_, ArModel>, Error> {
-        self.lease(Stage::Ar, &self.ar, observer, || {
-            Ok(ArModel::load(&self.language_model, &self.config, &self.device, &self.options)?)
-        })
+        self.lease(Stage::Ar, &self.ar, observer, || self.files.load_ar(&self.device, &self.options))
     }
 
     fn generation_decoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, GenerationDecoder>, Error> {
-        let path = self.files.generation_decoder()?;
+        self.files.generation_decoder()?;
         self.lease(Stage::GenerationDecoder, &self.generation_decoder, observer, || {
-            let config = self.diffusion_config(&path)?;
-            Ok(GenerationDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)
+            self.files.load_generation_decoder(&self.device, &self.options)
         })
     }
 
     fn editing_decoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, EditingDecoder>, Error> {
-        let path = self.files.edit_decoder()?;
+        self.files.edit_decoder()?;
         self.lease(Stage::EditingDecoder, &self.editing_decoder, observer, || {
-            let config = self.diffusion_config(&path)?;
-            Ok(EditingDecoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.options)?)
+            self.files.load_editing_decoder(&self.device, &self.options)
         })
     }
 
     fn autoencoder(&self, observer: &mut dyn Observer) -> Result<Lease<'_, Autoencoder>, Error> {
-        let path = self.files.autoencoder()?;
+        self.files.autoencoder()?;
         self.lease(Stage::Autoencoder, &self.autoencoder, observer, || {
-            let config = AutoencoderConfig::read_beside(&self.files.flux)?;
-            Ok(Autoencoder::load(&Checkpoint::open(path)?, &config, &self.device, &self.unquantized())?)
+            self.files.load_autoencoder(&self.device, &self.unquantized())
         })
     }
 
@@ -377,29 +361,26 @@ impl Stages {
     }
 
     fn clip(&self, prompt: &str, observer: &mut dyn Observer) -> Result<Tensor<2>, Error> {
-        let dir = self.files.text_encoder()?;
-        let config = ClipConfig::read(&dir.join("config.json"))?;
+        let config = self.files.clip_config()?;
         let ids = match prompt.is_empty() {
             true => clip_empty_ids(config.vocab_size, config.max_position_embeddings),
             false => ClipTokenizer::open(self.files.clip_tokenizer()?)?.encode_padded(prompt)?,
         };
         let _turn = self.turn();
         self.announce(Stage::TextEncoders, observer)?;
-        let clip =
-            self.arrived(ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
+        let clip = self.arrived(self.files.load_clip(&self.device, &self.unquantized())?)?;
         Ok(clip.pooled(&ids, self.compute_dtype)?)
     }
 
     fn t5(&self, prompt: &str, observer: &mut dyn Observer) -> Result<Tensor<3>, Error> {
-        let dir = self.files.text_encoder_2()?;
-        let config = T5Config::read(&dir.join("config.json"))?;
+        self.files.text_encoder_2()?;
         let ids = match prompt.is_empty() {
             true => t5_empty_ids(T5_LEN),
             false => T5Tokenizer::open(self.files.t5_tokenizer()?)?.encode_padded(prompt)?,
         };
         let _turn = self.turn();
         self.announce(Stage::TextEncoders, observer)?;
-        let t5 = self.arrived(T5Encoder::load(&Checkpoint::open(dir)?, &config, &self.device, &self.unquantized())?)?;
+        let t5 = self.arrived(self.files.load_t5(&self.device, &self.unquantized())?)?;
         Ok(t5.encode(&ids, self.compute_dtype)?)
     }
 }

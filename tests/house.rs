@@ -141,3 +141,24 @@ fn no_crate_below_the_facade_names_backends() {
         }
     }
 }
+
+/// Files of a published crate: its sources, manifest and recipes.
+fn files_of(package: &Package) -> Vec<PathBuf> {
+    let mut files = rust_files_of(std::slice::from_ref(package));
+    files.push(package.manifest_path.clone());
+    let recipes = fs::read_dir(package.dir().join("recipes"));
+    files.extend(recipes.into_iter().flatten().map(|entry| entry.unwrap().path()));
+    files
+}
+
+#[test]
+fn the_toy_stays_in_the_lab() {
+    // In two parts, so that this file is not found.
+    let word = ["sc", "ene"].concat();
+    for package in packages().iter().filter(|package| package.is_published()) {
+        for path in files_of(package) {
+            let text = fs::read_to_string(&path).unwrap().to_lowercase();
+            assert!(!text.contains(&word), "{} speaks of a {word}, which is the lab's word", path.display());
+        }
+    }
+}

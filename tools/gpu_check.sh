@@ -35,14 +35,14 @@ part() {
 }
 
 if part build build.txt cargo build --release --locked \
-    -p nexus-cli --features "$feature,verify,bench,train"; then
+    -p nexus-cli -p lab-tiny --features "$feature,verify,bench"; then
     part devices devices.txt "$nexus" devices
     part "certificate in f32" certificate-f32.txt \
         "$nexus" verify --device "$device" --dtype f32 -o "$out/certificate-f32.json"
     part certificate certificate.txt "$nexus" verify --device "$device" -o "$out/certificate.json"
     part benches benches.txt "$nexus" bench --devices "cpu,$device" -o "$out"
     # A minute of training, which ends with an error if a loss is no number.
-    part training training.txt "$nexus" train --recipe recipes/nexus-tiny/generation_decoder.json \
+    part training training.txt "$(dirname "$nexus")/lab-tiny" train --recipe lab/tiny/recipes/generation_decoder.json \
         --model assets/nexus-tiny --run "$out/run" --device "$device" --seconds 60
 fi
 

@@ -30,16 +30,16 @@ cc -w -shared -fPIC -o "$where/lib/libcuda.so" lab/cuda_compiles/driver.c
 
 # Speed is of no use here.
 quick=(--config 'profile.dev.package."*".opt-level=1' --config 'profile.dev.package.nexus-kernels.opt-level=1')
-tools/cuda_without_llvm.sh build -p nexus-cli --features bench,train,verify "${quick[@]}"
+tools/cuda_without_llvm.sh build -p nexus-cli -p lab-tiny --features bench,verify "${quick[@]}"
 
 export LD_LIBRARY_PATH="$where/lib" CUDA_PATH="$toolkit/cuda_runtime" MODULES="$where/modules"
 export BURN_DEVICE=cuda
 failed=0
-# compiles WHAT SUBCOMMAND ARGUMENTS: its numbers are wrong; what it must not say is that a kernel could not be compiled or launched.
+# compiles WHAT PROGRAM SUBCOMMAND ARGUMENTS: its numbers are wrong; what it must not say is that a kernel could not be compiled or launched.
 compiles() {
     local log="$where/log.txt" before after
     before=$(find "$where/modules" -type f | wc -l)
-    "$target/debug/nexus" "${@:2}" > "$log" 2>&1 || true
+    "$target/debug/$2" "${@:3}" > "$log" 2>&1 || true
     after=$(find "$where/modules" -type f | wc -l)
     if [ "$after" = "$before" ] || grep -qiE 'compilation error|launch error|panicked' "$log"; then
         failed=1
@@ -51,20 +51,20 @@ compiles() {
 }
 for options in "--dtype f32" "--dtype bf16" "--dtype f16" "--dtype bf16 --quantize q8" "--dtype bf16 --quantize q4"; do
     # shellcheck disable=SC2086
-    compiles "certificate $options" verify --device cuda $options
+    compiles "certificate $options" nexus verify --device cuda $options
 done
 for part in autoencoder vision_encoder autoregressive generation_decoder editing_decoder; do
     for dtype in f32 bf16; do
         rm -rf "$where/run"
-        sed "s/\"steps\":/\"compute_dtype\": \"$dtype\", \"steps\":/" "recipes/nexus-tiny/$part.json" > "$where/recipe.json"
+        sed "s/\"steps\":/\"compute_dtype\": \"$dtype\", \"steps\":/" "lab/tiny/recipes/$part.json" > "$where/recipe.json"
         compiles "training, $part, $dtype" \
-            train --device cuda --recipe "$where/recipe.json" --model assets/nexus-tiny --run "$where/run" --seconds 5
+            lab-tiny train --device cuda --recipe "$where/recipe.json" --model assets/nexus-tiny --run "$where/run" --seconds 5
     done
 done
 # Large matrices take other algorithms. Weights that nobody reads take no memory.
 for stage in released_prefill_300 released_decode_token released_image_block_81 released_dit_step_1024; do
     for dtype in f32 bf16; do
-        compiles "$stage, $dtype" bench run "$stage" --device cuda --dtype "$dtype" --runs 1
+        compiles "$stage, $dtype" nexus bench run "$stage" --device cuda --dtype "$dtype" --runs 1
     done
 done
 

@@ -22,12 +22,12 @@ const SAMPLE_INSTRUCTION: &str = "Colour the purple cross yellow.";
 #[command(
     override_usage = "nexus edit [OPTIONS] [PICTURE] [INSTRUCTION]",
     after_help = "Examples:
-  nexus edit scene.png \"Colour the purple cross yellow.\"
+  nexus edit sample.png \"Colour the purple cross yellow.\"
   nexus edit cat.png \"Add a pair of sunglasses\" -o cool.png --model models --seed 7
   nexus edit --input-image cat.png --instruction \"Make it night\" --json
 
 Without -o, the picture goes to edit.png, edit-2.png, ...: the first name that is not taken.
-Without a picture, nexus-tiny changes its own assets/nexus-tiny/scene.png."
+Without a picture, nexus-tiny changes its own assets/nexus-tiny/sample.png."
 )]
 pub struct Args {
     /// Picture to change, then what to change

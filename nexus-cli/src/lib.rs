@@ -19,7 +19,7 @@ mod model;
 mod output;
 mod paths;
 #[cfg(feature = "train")]
-mod train;
+pub mod train;
 mod understand;
 #[cfg(feature = "verify")]
 pub mod verify;

@@ -92,7 +92,7 @@ impl Place {
 
     /// A picture to try nexus-tiny with.
     pub fn sample_image(&self) -> Option<PathBuf> {
-        self.is_tiny.then(|| self.dir.join("scene.png"))
+        self.is_tiny.then(|| self.dir.join("sample.png"))
     }
 }
 

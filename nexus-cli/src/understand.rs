@@ -27,13 +27,13 @@ const DESCRIBE_TINY: &str = "Describe the image.";
 #[command(
     override_usage = "nexus understand [OPTIONS] [PICTURE]... [QUESTION]",
     after_help = "Examples:
-  nexus understand scene.png \"Where is the circle?\"
+  nexus understand sample.png \"Where is the circle?\"
   nexus understand cat.png --model models
   nexus understand a.png b.png \"Which of them is larger?\" --model models
   nexus understand \"Is <image> the same as <image>?\" -i a.png -i b.png --json
 
 The last word is the question unless it is a file. Without a picture, nexus-tiny looks at its own
-assets/nexus-tiny/scene.png."
+assets/nexus-tiny/sample.png."
 )]
 pub struct Args {
     /// Pictures to ask about, then the question; `<image>` marks in it say where the pictures go

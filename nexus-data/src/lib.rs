@@ -30,7 +30,6 @@ mod prompt;
 mod resample;
 mod tokenizer;
 mod training_input;
-pub mod world;
 
 pub use dataset::{MessagesFile, MessagesWriter, Mixture, Permutation, Pick, RejectedSamples};
 pub use error::{BoxedSource, DataError, SampleError};

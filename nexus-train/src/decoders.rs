@@ -6,8 +6,8 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use nexus_ar::{ArConfig, ArModel, ArObjective, TrainingBatch, TrainingSample};
-use nexus_checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, load_module, save_module_as};
+use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
+use nexus_checkpoint::{WeightNames, save_module_as};
 use nexus_core::{
     GridThw, ImageEmbeds,
     nn::Recomputation,
@@ -20,16 +20,15 @@ use nexus_diffusion::{
     transformer::Dit,
     weights::{EDITING_DECODER, GENERATION_DECODER},
 };
-use nexus_vision_encoder::{VisionConfig, VisionEncoder};
+use nexus_vision_encoder::VisionEncoder;
 
 use crate::{
-    DecoderRecipe, Initial, Recipe, StageRecipe, TrainError,
-    autoregressive::compute_dtype,
+    DecoderSettings, EditingInitial, Phase, Sample, TrainError,
+    autoencoder::{answer_and_source, tensor},
     drawing::{self, SAMPLE_PICTURES, sample_latents},
-    feed::{Conversation, usable_input},
-    pretraining::{answer_and_source, tensor},
+    feed::usable_input,
     sheet,
-    trainer::{Losses, MicroBatch, Task},
+    training::{Losses, MASTER_WEIGHTS, MicroBatch, PartTraining},
 };
 use nexus::ModelFiles;
 
@@ -43,7 +42,7 @@ pub(crate) trait TrainedDecoder: Module + Sync {
     const SEES_REFERENCE: bool;
 
     fn new(config: &DiffusionConfig, device: &Device) -> Self;
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error>;
+    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error>;
     fn condition(
         &self,
         embeds: &ImageEmbeds,
@@ -64,8 +63,8 @@ impl TrainedDecoder for GenerationDecoder {
         Self::new(config, device)
     }
 
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error> {
-        files.generation_decoder()
+    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error> {
+        files.load_generation_decoder(device, &MASTER_WEIGHTS)
     }
 
     fn condition(
@@ -95,8 +94,8 @@ impl TrainedDecoder for EditingDecoder {
         Self::new(config, device)
     }
 
-    fn path(files: &ModelFiles) -> Result<std::path::PathBuf, nexus::Error> {
-        files.edit_decoder()
+    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error> {
+        files.load_editing_decoder(device, &MASTER_WEIGHTS)
     }
 
     fn condition(
@@ -118,7 +117,7 @@ impl TrainedDecoder for EditingDecoder {
 }
 
 /// Training of one decoder; all other parts are frozen and on the plain device.
-pub(crate) struct DecoderTask<D: TrainedDecoder> {
+pub(crate) struct DecoderTraining<D: TrainedDecoder> {
     module: D,
     processor: Processor,
     encoder: VisionEncoder,
@@ -127,7 +126,7 @@ pub(crate) struct DecoderTask<D: TrainedDecoder> {
     pooled: Tensor<2>,
     flow: FlowMatching,
     device: Device,
-    /// Samples that will be seen again, and the seed of the stage that they belong to.
+    /// Samples that will be seen again, and the seed of the phase that they belong to.
     encoded: (u64, HashMap<u64, Encoded>),
     /// What the latest micro-batch was about, for the sheet of samples.
     latest: Option<Prepared>,
@@ -154,36 +153,31 @@ struct Encoded {
     reference: Option<ImageEmbeds>,
 }
 
-impl<D: TrainedDecoder> DecoderTask<D> {
-    pub(crate) fn open(recipe: &Recipe, model: &Path, device: &Device) -> Result<Self, TrainError> {
+impl<D: TrainedDecoder> DecoderTraining<D> {
+    pub(crate) fn open(
+        initial: &EditingInitial,
+        phases: &[Phase<DecoderSettings>],
+        model: &Path,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
         let files = ModelFiles::find(model)?;
-        let options =
-            LoadOptions { dtype: LoadDType::Convert(FloatDType::F32), check_finite: true, quantization: None };
-        let language_model = files.open_language_model()?;
-        let vision_config = VisionConfig::read(files.config())?;
-        let encoder = VisionEncoder::load(&language_model, &vision_config, device, &options)?;
-        let needs_ar = recipe.stages.iter().any(|stage| stage.decoder.predicted_embeds > 0.0);
+        let encoder = files.load_vision_encoder(device, &MASTER_WEIGHTS)?;
+        let needs_ar = phases.iter().any(|phase| phase.settings.predicted_embeds > 0.0);
         let ar = match needs_ar {
-            true => Some(ArModel::load(&language_model, &ArConfig::read(files.config())?, device, &options)?),
+            true => Some(files.load_ar(device, &MASTER_WEIGHTS)?),
             false => None,
         };
-        let autoencoder = drawing::autoencoder(&files, device, &options)?;
-        let pooled = drawing::empty_prompt(&files, device, &options)?;
+        let autoencoder = files.load_autoencoder(device, &MASTER_WEIGHTS)?;
+        let pooled = drawing::empty_prompt(&files, device, &MASTER_WEIGHTS)?;
         let tracked = device.clone().autodiff();
-        let config = drawing::diffusion_config(&files)?;
-        let module = D::new(&config, &tracked);
-        let module = match &recipe.initial {
-            Initial::Random(weights) => initialize(module, &D::NAMES, weights),
-            Initial::GenerationDecoder(weights) => {
-                let generation = GenerationDecoder::new(&config, &tracked);
-                let checkpoint = Checkpoint::open(files.generation_decoder()?)?;
-                let generation = load_module(generation, &checkpoint, &GENERATION_DECODER, &options)?;
-                initialize(module, &D::NAMES, weights).with_dit(generation.dit)
+        let config = files.diffusion_config(&files.nexus)?;
+        let random = |weights| initialize(D::new(&config, &tracked), &D::NAMES, weights);
+        let module = match initial {
+            EditingInitial::Random(weights) => random(weights),
+            EditingInitial::GenerationDecoder(weights) => {
+                random(weights).with_dit(files.load_generation_decoder(&tracked, &MASTER_WEIGHTS)?.dit)
             }
-            Initial::Checkpoint => {
-                let checkpoint = Checkpoint::open(D::path(&files)?)?;
-                load_module(module, &checkpoint, &D::NAMES, &options)?
-            }
+            EditingInitial::Checkpoint => D::load(&files, &tracked)?,
         };
         let processor = Processor::open(&files.nexus)?;
         let flow = FlowMatching::new();
@@ -195,7 +189,7 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     fn encode(
         &self,
         messages: Vec<Message>,
-        &DecoderRecipe { picture_px: side, predicted_embeds, .. }: &DecoderRecipe,
+        &DecoderSettings { picture_px: side, predicted_embeds, .. }: &DecoderSettings,
     ) -> Result<Result<Encoded, String>, TrainError> {
         let images = self.processor.image_processor();
         let Some((answer, source)) = answer_and_source(&messages) else {
@@ -253,8 +247,12 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     }
 
     /// One sample of a micro-batch; `None` if it cannot be used.
-    fn sample(&mut self, batch: &mut MicroBatch<'_>, number: u64) -> Result<Option<Encoded>, TrainError> {
-        let MicroBatch { stage, seed, .. } = *batch;
+    fn sample(
+        &mut self,
+        batch: &mut MicroBatch<'_, DecoderSettings>,
+        number: u64,
+    ) -> Result<Option<Encoded>, TrainError> {
+        let MicroBatch { phase, seed, .. } = *batch;
         let first = batch.feed.first(number);
         if self.encoded.0 != seed {
             self.encoded = (seed, HashMap::new());
@@ -262,8 +260,8 @@ impl<D: TrainedDecoder> DecoderTask<D> {
         let mut encoded = match self.encoded.1.remove(&first) {
             Some(known) => known,
             None => {
-                let Some(Conversation { messages, .. }) = batch.feed.conversation(number)? else { return Ok(None) };
-                match self.encode(messages, &stage.decoder)? {
+                let Some(Sample { messages, .. }) = batch.feed.sample(number)? else { return Ok(None) };
+                match self.encode(messages, &phase.settings)? {
                     Ok(encoded) => encoded,
                     Err(reason) => {
                         batch.feed.reject(number, &reason)?;
@@ -272,11 +270,11 @@ impl<D: TrainedDecoder> DecoderTask<D> {
                 }
             }
         };
-        let predicts = Draws::new(seed, "predicted embeds", number).unit() < stage.decoder.predicted_embeds as f32;
+        let predicts = Draws::new(seed, "predicted embeds", number).unit() < phase.settings.predicted_embeds as f32;
         if let (Some(ar), true, None) = (&self.ar, predicts, &encoded.predicted) {
             encoded.predicted = self.predict(ar, &encoded.messages)?;
         }
-        if stage.distinct_samples.is_some() {
+        if phase.distinct_samples.is_some() {
             self.encoded.1.insert(first, encoded.clone());
         }
         if let Some(predicted) = encoded.predicted.take().filter(|_| predicts) {
@@ -286,9 +284,10 @@ impl<D: TrainedDecoder> DecoderTask<D> {
     }
 }
 
-impl<D: TrainedDecoder> Task for DecoderTask<D> {
+impl<D: TrainedDecoder> PartTraining for DecoderTraining<D> {
     type Module = D;
     type Batch = Prepared;
+    type Settings = DecoderSettings;
 
     fn names(&self) -> WeightNames {
         D::NAMES
@@ -298,7 +297,7 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         Ok(self.module.clone())
     }
 
-    fn prepare(&mut self, mut batch: MicroBatch<'_>) -> Result<Option<Prepared>, TrainError> {
+    fn prepare(&mut self, mut batch: MicroBatch<'_, DecoderSettings>) -> Result<Option<Prepared>, TrainError> {
         let (mut numbers, mut latents, mut embeds, mut references) = (vec![], vec![], vec![], vec![]);
         let (mut grid, mut reference_grid) = (GridThw::GENERATED, GridThw::REFERENCE);
         for number in batch.samples.clone() {
@@ -326,20 +325,20 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
     fn loss<'a>(
         &self,
         module: &'a D,
-        stage: &StageRecipe,
+        phase: &Phase<DecoderSettings>,
         batch: Prepared,
         blocks: &mut Recomputation<'a>,
     ) -> Result<Losses, TrainError> {
         let Prepared { seed, numbers, latents, embeds, reference } = batch;
         let [count, channels, height, width] = latents.dims();
-        let dtype = compute_dtype(stage);
+        let dtype: FloatDType = phase.compute_dtype.into();
         let per_sample = channels * height * width;
         let noise = numbers.iter().flat_map(|&number| Draws::new(seed, "noise", number).normal_values(per_sample));
         let noise = tensor(noise.collect(), [count, channels, height, width], &self.device);
         let timesteps = numbers.iter().map(|&number| Draws::new(seed, "timestep", number).below(1000));
         let timestep_indices: Vec<usize> = timesteps.collect();
         let dropped =
-            |number| f64::from(Draws::new(seed, "condition", number).unit()) < stage.decoder.condition_dropout;
+            |number| f64::from(Draws::new(seed, "condition", number).unit()) < phase.settings.condition_dropout;
         let kept: Vec<f32> = numbers.iter().map(|&number| if dropped(number) { 0.0 } else { 1.0 }).collect();
         let kept: Tensor<3> = tensor(kept, [count, 1, 1], &self.device);
         let tracked = |embeds: ImageEmbeds| {
@@ -356,17 +355,17 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
             latents,
             noise: noise.cast(dtype),
             timestep_indices: &timestep_indices,
-            embedded_guidance: stage.decoder.embedded_guidance as f32,
+            embedded_guidance: phase.settings.embedded_guidance as f32,
         };
         let loss = self.flow.loss(module.dit(), input, blocks);
         Ok(Losses { total: loss.total, parts: vec![("mse", loss.mse)] })
     }
 
-    fn export(&self, module: D, dir: &Path, _: MicroBatch<'_>) -> Result<(), TrainError> {
+    fn export(&self, module: D, dir: &Path, _: MicroBatch<'_, DecoderSettings>) -> Result<(), TrainError> {
         Ok(save_module_as(&module, &D::NAMES, &dir.join(D::FILE), FloatDType::BF16)?)
     }
 
-    fn samples(&mut self, module: &D, stage: &StageRecipe) -> Result<Option<Image>, TrainError> {
+    fn samples(&mut self, module: &D, phase: &Phase<DecoderSettings>) -> Result<Option<Image>, TrainError> {
         let Some(latest) = self.latest.clone() else { return Ok(None) };
         let shown = latest.numbers.len().min(SAMPLE_PICTURES);
         let first = |embeds: ImageEmbeds| ImageEmbeds::new(embeds.values.narrow(0, 0, shown), embeds.grid);
@@ -375,7 +374,7 @@ impl<D: TrainedDecoder> Task for DecoderTask<D> {
         let size = LatentSize::of(&truth);
         let module = module.valid();
         let conditioning = module.condition(&embeds, reference.as_ref(), size)?;
-        let guidance = stage.decoder.embedded_guidance;
+        let guidance = phase.settings.embedded_guidance;
         let drawn = sample_latents(module.dit(), conditioning, &self.pooled, size, guidance)?;
         let drawn = self.autoencoder.decode(drawn, None);
         Ok(Some(sheet::rows(&[self.autoencoder.decode(truth, None), drawn])?))
@@ -389,20 +388,20 @@ mod tests {
 
     use super::*;
 
-    fn recipe(condition_dropout: f64) -> Recipe {
-        let recipe = json!({
-            "command": "", "time": "", "expected": "", "part": "editing_decoder", "seed": 1, "stages": [{
-                "name": "only", "steps": 1, "batch_size": 4, "data": [], "learning_rate": 1.0,
-                "decoder": {"picture_px": 32, "condition_dropout": condition_dropout},
-            }],
+    fn phase(condition_dropout: f64) -> Phase<DecoderSettings> {
+        let phase = json!({
+            "name": "only", "steps": 1, "batch_size": 4, "data": [], "learning_rate": 1.0,
+            "settings": {"picture_px": 32, "condition_dropout": condition_dropout},
         });
-        serde_json::from_value(recipe).unwrap()
+        serde_json::from_value(phase).unwrap()
     }
 
     #[test]
     fn a_sample_without_condition_sees_zeros() {
-        let task = DecoderTask::<EditingDecoder>::open(&recipe(0.0), &random_models_dir(), &cpu()).unwrap();
-        let (module, count) = (task.module().unwrap(), 4);
+        let initial = EditingInitial::Checkpoint;
+        let training =
+            DecoderTraining::<EditingDecoder>::open(&initial, &[phase(0.0)], &random_models_dir(), &cpu()).unwrap();
+        let (module, count) = (training.module().unwrap(), 4);
         let width = nexus_diffusion::config::MergerConfig::read(&random_models_dir().join("Nexus-GenV2/config.json"))
             .unwrap()
             .hidden_size;
@@ -416,7 +415,7 @@ mod tests {
                 embeds: ImageEmbeds::new(embeds, GridThw::GENERATED).unwrap(),
                 reference: Some(ImageEmbeds::new(reference, GridThw::REFERENCE).unwrap()),
             };
-            let losses = task.loss(&module, &recipe(dropout).stages[0], batch, &mut Recomputation::none()).unwrap();
+            let losses = training.loss(&module, &phase(dropout), batch, &mut Recomputation::none()).unwrap();
             losses.total.into_data().try_to_vec_as::<f32>().unwrap()[0]
         };
         let scaled =

@@ -2,27 +2,25 @@
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
-use nexus_checkpoint::{Checkpoint, LoadOptions};
+use nexus_checkpoint::LoadOptions;
 use nexus_core::{GridThw, ImageEmbeds, train::Draws};
 use nexus_data::{Image, clip_empty_ids};
 use nexus_diffusion::{
-    Autoencoder, Branch, Branches, ClipTextEncoder, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder,
-    LatentSize,
-    config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig},
+    Autoencoder, Branch, Branches, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder, LatentSize,
     transformer::Dit,
 };
 
-use crate::{DecoderRecipe, StageRecipe, TrainError, sheet};
+use crate::{DecoderSettings, TrainError, sheet};
 use nexus::ModelFiles;
 
 /// Steps of the pictures.
 const STEPS: usize = 12;
 
 /// Pictures on a sheet of samples.
-pub(super) const SAMPLE_PICTURES: usize = 8;
+pub(crate) const SAMPLE_PICTURES: usize = 8;
 
 /// The parts that draw what the language model predicts, on the plain device.
-pub(super) struct Drawing {
+pub(crate) struct Drawing {
     decoder: GenerationDecoder,
     autoencoder: Autoencoder,
     pooled: Tensor<2>,
@@ -30,36 +28,36 @@ pub(super) struct Drawing {
 
 impl Drawing {
     /// The generation decoder and what it needs.
-    pub(super) fn open(files: &ModelFiles, device: &Device, options: &LoadOptions) -> Result<Self, TrainError> {
-        let checkpoint = Checkpoint::open(files.generation_decoder()?)?;
+    pub(crate) fn open(files: &ModelFiles, device: &Device, options: &LoadOptions) -> Result<Self, TrainError> {
         Ok(Self {
-            decoder: GenerationDecoder::load(&checkpoint, &diffusion_config(files)?, device, options)?,
-            autoencoder: autoencoder(files, device, options)?,
+            decoder: files.load_generation_decoder(device, options)?,
+            autoencoder: files.load_autoencoder(device, options)?,
             pooled: empty_prompt(files, device, options)?,
         })
     }
 
     /// A sheet of the answers of samples, which have some: drawn from their true embeddings, and from those that a
     /// model, on the plain device, predicts.
-    pub(super) fn sheet(
+    pub(crate) fn sheet(
         &self,
         ar: &ArModel,
-        stage: &StageRecipe,
+        prefill: bool,
+        settings: &DecoderSettings,
         samples: &[TrainingSample],
     ) -> Result<Image, TrainError> {
         let samples = plain(samples)?;
         let truth: Vec<Tensor<3>> =
             samples.iter().flat_map(|sample| &sample.targets).map(|target| target.values.clone()).collect();
         let batch = TrainingBatch::new(samples, ar.config())?;
-        let objective = ArObjective { prefill: stage.loss.prefill, ..ArObjective::default() };
+        let objective = ArObjective { prefill, ..ArObjective::default() };
         let predicted = objective.predict_answers(ar, &batch, FloatDType::F32)?;
-        sheet::rows(&[self.draw(truth, &stage.decoder)?, self.draw(predicted, &stage.decoder)?])
+        sheet::rows(&[self.draw(truth, settings)?, self.draw(predicted, settings)?])
     }
 
     /// # Shapes
     /// - `answers`: `[1, 81, hidden]` each
     /// - returns: `[pictures, 3, picture_px, picture_px]` of the first ones, -1 is black and 1 is white
-    fn draw(&self, mut answers: Vec<Tensor<3>>, settings: &DecoderRecipe) -> Result<Tensor<4>, TrainError> {
+    fn draw(&self, mut answers: Vec<Tensor<3>>, settings: &DecoderSettings) -> Result<Tensor<4>, TrainError> {
         answers.truncate(SAMPLE_PICTURES);
         let embeds = ImageEmbeds::new(Tensor::cat(answers, 0), GridThw::GENERATED)?;
         let size = LatentSize::from_pixels(settings.picture_px, settings.picture_px)?;
@@ -87,7 +85,7 @@ fn plain(samples: &[TrainingSample]) -> Result<Vec<TrainingSample>, TrainError> 
 /// - `conditioning.embeds`: `[pictures, tokens, context]`
 /// - `pooled`: `[1, pooled]`
 /// - returns: `[pictures, channels, height, width]`
-pub(super) fn sample_latents(
+pub(crate) fn sample_latents(
     dit: &Dit,
     conditioning: Conditioning,
     pooled: &Tensor<2>,
@@ -105,33 +103,13 @@ pub(super) fn sample_latents(
     Ok(state.latents)
 }
 
-/// Sizes of the decoders.
-pub(super) fn diffusion_config(files: &ModelFiles) -> Result<DiffusionConfig, TrainError> {
-    let (merger, dit) = (MergerConfig::read(&files.config())?, DitConfig::read_beside(&files.nexus)?);
-    let config = DiffusionConfig { merger, dit };
-    config.validate()?;
-    Ok(config)
-}
-
-/// The autoencoder of the model.
-pub(super) fn autoencoder(
-    files: &ModelFiles,
-    device: &Device,
-    options: &LoadOptions,
-) -> Result<Autoencoder, TrainError> {
-    let config = AutoencoderConfig::read_beside(&files.flux)?;
-    Ok(Autoencoder::load(&Checkpoint::open(files.autoencoder()?)?, &config, device, options)?)
-}
-
 /// What CLIP makes of no text: `[1, pooled]`.
-pub(super) fn empty_prompt(
+pub(crate) fn empty_prompt(
     files: &ModelFiles,
     device: &Device,
     options: &LoadOptions,
 ) -> Result<Tensor<2>, TrainError> {
-    let dir = files.text_encoder()?;
-    let config = ClipConfig::read(&dir.join("config.json"))?;
-    let clip = ClipTextEncoder::load(&Checkpoint::open(dir)?, &config, device, options)?;
+    let (clip, config) = (files.load_clip(device, options)?, files.clip_config()?);
     let ids = clip_empty_ids(config.vocab_size, config.max_position_embeddings);
     Ok(clip.pooled(&ids, FloatDType::F32)?)
 }

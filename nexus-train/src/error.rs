@@ -8,7 +8,7 @@ use nexus::amounts;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// A stage, its files or its input.
+    /// A stage of the model, its files or its input.
     #[error(transparent)]
     Model(#[from] nexus::Error),
     /// The saved state does not fit the model.
@@ -64,13 +64,32 @@ pub enum TrainError {
         reason: String,
     },
     /// No sample of the data can be used.
-    #[error("stage `{stage}`: none of its data can be used; the reasons are in {rejected}", rejected = rejected.display())]
+    #[error("phase `{phase}`: none of its data can be used; the reasons are in {rejected}", rejected = rejected.display())]
     NoSamples {
-        /// Stage of the recipe.
-        stage: String,
+        /// Phase of the recipe.
+        phase: String,
         /// File of the reasons.
         rejected: PathBuf,
     },
+    /// The recipe names a source that the program does not know.
+    #[error("`{name}` is no source of samples here; there are {known}")]
+    UnknownSource {
+        /// Name in the recipe.
+        name: String,
+        /// Names that are known.
+        known: String,
+    },
+    /// A source of the program cannot be opened with its settings in the recipe.
+    #[error("source `{name}`: {source}")]
+    Source {
+        /// Name in the recipe.
+        name: String,
+        /// What the source said.
+        source: nexus_data::BoxedSource,
+    },
+    /// A step of this run failed before.
+    #[error("this run failed before; begin it again, and it goes on from its latest checkpoint")]
+    Failed,
     /// No threads for micro-batches side by side.
     #[error("{count} micro-batches side by side: {reason}; lower `parallel_micro_batches` in the recipe")]
     Workers {
@@ -80,18 +99,18 @@ pub enum TrainError {
         reason: String,
     },
     /// A pattern of the recipe means nothing.
-    #[error("stage `{stage}`: `{pattern}` in `frozen` or `muon` matches no parameter")]
+    #[error("phase `{phase}`: `{pattern}` in `frozen` or `muon` matches no parameter")]
     UnknownPattern {
-        /// Stage of the recipe.
-        stage: String,
+        /// Phase of the recipe.
+        phase: String,
         /// Pattern at fault.
         pattern: String,
     },
     /// All parameters are frozen.
-    #[error("stage `{stage}`: every parameter is frozen, so there is nothing to train")]
+    #[error("phase `{phase}`: every parameter is frozen, so there is nothing to train")]
     NothingTrained {
-        /// Stage of the recipe.
-        stage: String,
+        /// Phase of the recipe.
+        phase: String,
     },
     /// A text encoder without weights, of a model that is there already.
     #[error(

@@ -1,19 +1,16 @@
-//! Samples of a stage: the number of a sample -> a conversation, or a reason why it was set aside.
+//! Samples of a phase: the number of a sample -> a conversation, or a reason why it was set aside.
 
-use std::fmt::Display;
+use std::{fmt::Display, sync::Arc};
 
 use nexus_ar::{ArConfig, SampleOutline};
-use nexus_data::{
-    DataError, Message, MessagesFile, Mixture, ProcessOptions, Processor, RejectedSamples, TrainingInput,
-    world::{Kind, Place, Sample, Scene, Split, Task, World},
-};
+use nexus_data::{BoxedSource, Message, Mixture, Pick, ProcessOptions, Processor, RejectedSamples, TrainingInput};
 
-use crate::{REJECTED, Recipe, RunDir, Source, StageRecipe, TrainError};
+use crate::{Phase, REJECTED, Recipe, RunDir, Sample, Source, TrainError};
 
-/// The sources of one stage, mixed.
+/// The sources of one phase, mixed.
 pub(crate) struct Feed {
     mixture: Mixture,
-    sources: Vec<OpenSource>,
+    sources: Vec<Arc<dyn Source>>,
     rejected: RejectedSamples,
     /// Samples after which the first comes again.
     distinct: Option<u64>,
@@ -21,41 +18,21 @@ pub(crate) struct Feed {
     round: Option<u64>,
 }
 
-/// A sample, and what its images show where that is known.
-pub(crate) struct Conversation {
-    pub(crate) messages: Vec<Message>,
-    /// The truth of every image in order, or nothing.
-    pub(crate) scenes: Vec<Scene>,
-    /// For every turn of the model the places that the answer is about, or nothing.
-    pub(crate) places: Vec<Vec<Place>>,
-}
-
-enum OpenSource {
-    World { world: World, task: Task, kinds: Vec<Kind> },
-    Messages(MessagesFile),
-}
-
 impl Feed {
-    pub(crate) fn open(
-        stage: &StageRecipe,
+    /// Mixes the sources of a phase, which are in the order of its data.
+    pub(crate) fn new<S>(
+        phase: &Phase<S>,
+        sources: Vec<Arc<dyn Source>>,
         recipe: &Recipe,
         index: usize,
         dir: &RunDir,
         rejected: u64,
     ) -> Result<Self, TrainError> {
-        let sources = stage.data.iter().map(|data| match &data.source {
-            Source::World { seed, task, kinds, emphasis, shades } => {
-                let world = World::new(*seed).with_emphasis(*emphasis).with_shades(*shades);
-                Ok(OpenSource::World { world, task: *task, kinds: kinds.clone() })
-            }
-            Source::Messages { path } => Ok(OpenSource::Messages(MessagesFile::open(path)?)),
-        });
-        let sources: Vec<OpenSource> = sources.collect::<Result<_, TrainError>>()?;
         let shares: Vec<(f64, Option<u64>)> =
-            stage.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
+            phase.data.iter().zip(&sources).map(|(data, source)| (data.weight, source.len())).collect();
         let mixture = Mixture::new(recipe.seed.wrapping_add(index as u64), &shares)?;
         let rejected = RejectedSamples::new(dir.path().join(REJECTED), recipe.max_rejected)?.with_count(rejected)?;
-        let distinct = stage.distinct_samples;
+        let distinct = phase.distinct_samples;
         Ok(Self { mixture, sources, rejected, distinct, round: distinct.or_else(|| round(&shares)) })
     }
 
@@ -69,41 +46,29 @@ impl Feed {
         self.distinct.map_or(number, |distinct| number % distinct)
     }
 
-    /// The conversation of a sample; `None` if it was set aside.
-    pub(crate) fn conversation(&mut self, number: u64) -> Result<Option<Conversation>, TrainError> {
+    /// A sample; `None` if it was set aside.
+    pub(crate) fn sample(&mut self, number: u64) -> Result<Option<Sample>, TrainError> {
         match self.read(number) {
-            Ok(conversation) => Ok(Some(conversation)),
+            Ok(sample) => Ok(Some(sample)),
             Err(error) => self.reject(number, &error).map(|()| None),
         }
     }
 
-    /// The conversation of a sample, which is not set aside if it cannot be read.
-    pub(crate) fn read(&self, number: u64) -> Result<Conversation, DataError> {
-        let pick = self.mixture.pick(self.first(number));
-        match &self.sources[pick.source] {
-            OpenSource::World { world, task, kinds } => {
-                let Sample { messages, scenes, places, .. } = world.sample_of(*task, kinds, Split::Train, pick.index);
-                Ok(Conversation { messages, scenes, places })
-            }
-            OpenSource::Messages(file) => {
-                file.get(pick.index).map(|messages| Conversation { messages, scenes: vec![], places: vec![] })
-            }
-        }
+    /// A sample, which is not set aside if it cannot be read.
+    pub(crate) fn read(&self, number: u64) -> Result<Sample, BoxedSource> {
+        let Pick { source, index } = self.mixture.pick(self.first(number));
+        self.sources[source].sample(index)
     }
 
     /// Sets a sample aside; one that comes again counts once.
     pub(crate) fn reject(&mut self, number: u64, reason: &dyn Display) -> Result<(), TrainError> {
-        let pick = self.mixture.pick(self.first(number));
-        let source = match &self.sources[pick.source] {
-            OpenSource::World { .. } => "world".to_string(),
-            OpenSource::Messages(file) => file.path().display().to_string(),
-        };
-        Ok(self.rejected.reject(&source, pick.index, reason)?)
+        let Pick { source, index } = self.mixture.pick(self.first(number));
+        Ok(self.rejected.reject(&self.sources[source].name(), index, reason)?)
     }
 
     /// The error that none of the data can be used.
-    pub(crate) fn no_samples(&self, stage: &StageRecipe) -> TrainError {
-        TrainError::NoSamples { stage: stage.name.clone(), rejected: self.rejected.path().to_path_buf() }
+    pub(crate) fn no_samples<S>(&self, phase: &Phase<S>) -> TrainError {
+        TrainError::NoSamples { phase: phase.name.clone(), rejected: self.rejected.path().to_path_buf() }
     }
 
     /// Samples set aside so far.
@@ -122,17 +87,8 @@ fn round(shares: &[(f64, Option<u64>)]) -> Option<u64> {
     shares.iter().map(of_source).try_fold(0, |longest, samples| Some(longest.max(samples?)))
 }
 
-impl OpenSource {
-    fn len(&self) -> Option<u64> {
-        match self {
-            Self::World { .. } => None,
-            Self::Messages(file) => Some(file.len()),
-        }
-    }
-}
-
 /// A conversation as tokens and pixels, or why a model with this configuration cannot learn from it.
-pub(super) fn usable_input(
+pub(crate) fn usable_input(
     processor: &Processor,
     messages: &[Message],
     config: &ArConfig,

@@ -17,7 +17,7 @@ use nexus_diffusion::{
     weights::{CLIP, T5},
 };
 
-use crate::{Initial, Recipe, TrainError};
+use crate::{Recipe, TrainError};
 use nexus::ModelFiles;
 
 /// Gives random weights to the text encoders of a model that have a `config.json` but no weights, if the recipe begins
@@ -33,7 +33,7 @@ pub fn fill_text_encoders(
 ) -> Result<Vec<PathBuf>, TrainError> {
     let files = ModelFiles::find(model)?;
     let weights = InitialWeights { seed: recipe.seed, gain: 1.0, zero: Vec::new() };
-    let from_nothing = matches!(recipe.initial, Initial::Random(_));
+    let from_nothing = recipe.train.begins_random();
     let mut written = Vec::new();
     if let Ok(dir) = files.text_encoder()
         && let Some(path) = missing_weights(&dir, from_nothing)?
@@ -88,8 +88,8 @@ mod tests {
             .map(|name| copied(&format!("FLUX/FLUX.1-dev/{name}/config.json")).with_file_name("model.safetensors"));
         let fill = |initial: serde_json::Value| {
             let recipe = json!({
-                "command": "", "time": "", "expected": "", "part": "autoencoder", "seed": 1, "initial": initial,
-                "stages": [],
+                "command": "", "time": "", "expected": "", "seed": 1,
+                "train": {"part": "autoencoder", "initial": initial, "phases": []},
             });
             fill_text_encoders(&serde_json::from_value(recipe).unwrap(), dir.path(), &cpu())
         };

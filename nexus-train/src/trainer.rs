@@ -1,408 +1,209 @@
-//! The loop: samples -> losses -> gradients -> step -> metrics and checkpoints, resumable at any moment.
+//! The way into a run: a recipe and the sources of the program -> the part of the model that it trains, and its run.
 
 use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    time::Instant,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::Arc,
 };
 
-use burn::{
-    module::Module,
-    tensor::{Device, Tensor},
-};
-use nexus_checkpoint::{
-    Checkpoint, LoadOptions, WeightNames, load_module, module_layout, save_module, write_safetensors,
-};
-use nexus_core::{
-    nn::Recomputation,
-    train::{GradientSum, NamePattern, Optimizer, TrainStateError, WeightAverage, check_weights, freeze},
-};
-use nexus_data::Image;
-use serde::Serialize;
+use burn::tensor::{Device, FloatDType};
+use nexus::{DeviceError, Error, diagnose};
+use nexus_core::{config::ConfigError, train::TrainStateError};
+use nexus_data::BoxedSource;
+use nexus_diffusion::{EditingDecoder, GenerationDecoder};
+use serde_json::Value;
 
 use crate::{
-    Recipe, RunDir, RunState, StageRecipe, TrainError, TrainEvent, TrainObserver, feed::Feed, workers::Workers,
+    LabelClasses, PartRecipe, Phase, Recipe, Run, Source, TrainError, TrainObserver, TrainOutcome,
+    autoencoder::AutoencoderTraining,
+    decoders::DecoderTraining,
+    language::{LanguageStart, LanguageTraining},
+    recipe::Settings,
+    run::{PartRun, drive},
+    source::Sources,
+    training::PartTraining,
 };
-use nexus::read;
 
-/// What is trained: a module, its names, and how a batch becomes a loss.
-pub(crate) trait Task: Sync {
-    /// Everything that has trained or frozen parameters.
-    type Module: Module;
+/// Runs recipes, with the sources of samples that it was given.
+///
+/// ```no_run
+/// use nexus_train::{Recipe, Source, Trainer, unobserved};
+///
+/// # fn open_pictures(_: &serde_json::Value) -> Result<Box<dyn Source>, Box<dyn std::error::Error + Send + Sync>> { todo!() }
+/// // A recipe then says `"source": {"pictures": {..}}`.
+/// let trainer = Trainer::new().with_source("pictures", open_pictures);
+/// let (recipe, device) = (Recipe::read("autoregressive.json")?, nexus::device("cpu")?);
+/// trainer.train(&recipe, "models", "runs/ar", &device, &mut unobserved)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Default)]
+pub struct Trainer {
+    sources: Sources,
+}
 
-    /// A micro-batch, ready for the module.
-    type Batch: Send;
+impl Trainer {
+    /// A trainer that knows the source `messages` alone.
+    pub fn new() -> Self {
+        Self::default()
+    }
 
-    /// Names of the module's parameters in checkpoints and patterns.
-    fn names(&self) -> WeightNames;
+    /// Knows one more source: the recipe's settings of this name become a source by `open`.
+    pub fn with_source(
+        mut self,
+        name: impl Into<String>,
+        open: impl Fn(&Value) -> Result<Box<dyn Source>, BoxedSource> + Send + Sync + 'static,
+    ) -> Self {
+        self.sources.add(name.into(), Box::new(open));
+        self
+    }
 
-    /// The module as the recipe begins it, on the autodiff device.
-    fn module(&self) -> Result<Self::Module, TrainError>;
-
-    /// Some samples of a stage, ready for the module; `None` if none of them can be used.
-    fn prepare(&mut self, micro_batch: MicroBatch<'_>) -> Result<Option<Self::Batch>, TrainError>;
-
-    /// The losses of a micro-batch; `blocks` gives their gradients.
-    fn loss<'a>(
+    /// Runs a recipe with the model in `model` in the directory `run`, or goes on where the run was left.
+    ///
+    /// # Errors
+    /// [`TrainError`], before anything is read if the device does not have a dtype of the recipe; the checkpoints on disk
+    /// stay usable. A device that fails is [`TrainError::OutOfDeviceMemory`], or [`Error::DeviceLost`] if it does not
+    /// compute any more.
+    pub fn train(
         &self,
-        module: &'a Self::Module,
-        stage: &StageRecipe,
-        batch: Self::Batch,
-        blocks: &mut Recomputation<'a>,
-    ) -> Result<Losses, TrainError>;
+        recipe: &Recipe,
+        model: impl AsRef<Path>,
+        run: impl AsRef<Path>,
+        device: &Device,
+        observer: &mut TrainObserver<'_>,
+    ) -> Result<TrainOutcome, TrainError> {
+        on_device(device, || drive(self.resume(recipe, model, run, device)?, recipe, observer))
+    }
 
-    /// Writes the module under the released file names; what it must know of the data depends on `seen` alone, the
-    /// samples of the last stage.
-    fn export(&self, module: Self::Module, dir: &Path, seen: MicroBatch<'_>) -> Result<(), TrainError>;
-
-    /// A sheet of pictures that shows what the module can do, if it draws.
-    fn samples(&mut self, module: &Self::Module, stage: &StageRecipe) -> Result<Option<Image>, TrainError>;
-}
-
-/// Which samples to compute with.
-pub(crate) struct MicroBatch<'a> {
-    pub(crate) stage: &'a StageRecipe,
-    pub(crate) feed: &'a mut Feed,
-    pub(crate) workers: &'a Workers,
-    /// Seed of everything random, which together with the number of a sample names its draws.
-    pub(crate) seed: u64,
-    /// Numbers of the samples in the stage.
-    pub(crate) samples: std::ops::Range<u64>,
-}
-
-/// A loss and what it is made of.
-pub(crate) struct Losses {
-    pub(crate) total: Tensor<1>,
-    pub(crate) parts: Vec<(&'static str, Tensor<1>)>,
-}
-
-impl Losses {
-    /// Adds a part with its weight, if there is something that it could be computed from.
-    pub(crate) fn add(&mut self, name: &'static str, weight: f64, part: Option<Tensor<1>>) {
-        if let Some(part) = part {
-            self.total = self.total.clone() + part.clone() * weight;
-            self.parts.push((name, part));
+    /// A run that is driven step by step: begun, or where it was left.
+    ///
+    /// # Errors
+    /// [`TrainError`], before anything is read if the device does not have a dtype of the recipe.
+    pub fn resume(
+        &self,
+        recipe: &Recipe,
+        model: impl AsRef<Path>,
+        run: impl AsRef<Path>,
+        device: &Device,
+    ) -> Result<Run, TrainError> {
+        let (model, run) = (model.as_ref(), run.as_ref());
+        check_dtypes(recipe, |dtype| device.supports_dtype(dtype))?;
+        recipe.validate()?;
+        match &recipe.train {
+            PartRecipe::Autoencoder { initial, phases, .. } => {
+                let open = |_| AutoencoderTraining::open(initial, phases, model, device);
+                self.begin(recipe, phases, run, device, open)
+            }
+            PartRecipe::VisionEncoder { initial, phases } => {
+                let (seed, draws_samples) = (recipe.seed, false);
+                let start = |classes| LanguageStart { seed, initial, draws_samples, phases, classes };
+                self.begin(recipe, phases, run, device, |classes| LanguageTraining::open(start(classes), model, device))
+            }
+            PartRecipe::Autoregressive { initial, sample_every, phases } => {
+                let (seed, draws_samples) = (recipe.seed, sample_every.is_some());
+                let start = |classes| LanguageStart { seed, initial, draws_samples, phases, classes };
+                self.begin(recipe, phases, run, device, |classes| LanguageTraining::open(start(classes), model, device))
+            }
+            PartRecipe::GenerationDecoder { initial, phases, .. } => {
+                let initial = initial.clone().into();
+                let open = |_| DecoderTraining::<GenerationDecoder>::open(&initial, phases, model, device);
+                self.begin(recipe, phases, run, device, open)
+            }
+            PartRecipe::EditingDecoder { initial, phases, .. } => {
+                let open = |_| DecoderTraining::<EditingDecoder>::open(initial, phases, model, device);
+                self.begin(recipe, phases, run, device, open)
+            }
         }
+    }
+
+    fn begin<T: PartTraining<Settings: Clone> + 'static>(
+        &self,
+        recipe: &Recipe,
+        phases: &[Phase<T::Settings>],
+        run: &Path,
+        device: &Device,
+        open: impl FnOnce(LabelClasses) -> Result<T, TrainError>,
+    ) -> Result<Run, TrainError> {
+        let sources_of =
+            |phase: &Phase<T::Settings>| phase.data.iter().map(|data| self.sources.open(&data.source)).collect();
+        let sources: Vec<Vec<Arc<dyn Source>>> = phases.iter().map(sources_of).collect::<Result<_, _>>()?;
+        let training = open(label_classes(phases, &sources)?)?;
+        Ok(Run::new(PartRun::resume(training, recipe, phases.to_vec(), sources, run, device)?))
     }
 }
 
-/// One line of `metrics.jsonl`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct StepMetrics {
-    /// Steps done in all.
-    pub step: usize,
-    /// Name of the stage.
-    pub stage: String,
-    /// The loss, a mean over the micro-batches of this step.
-    pub loss: f64,
-    /// Its parts.
-    #[serde(flatten)]
-    pub parts: std::collections::BTreeMap<String, f64>,
-    /// Learning rate of this step.
-    pub learning_rate: f64,
-    /// Norm of all gradients before clipping.
-    pub grad_norm: f64,
+/// Labels that the sources of some phases know, where a phase asks for what is known.
+fn label_classes<S: Settings>(
+    phases: &[Phase<S>],
+    sources: &[Vec<Arc<dyn Source>>],
+) -> Result<LabelClasses, ConfigError> {
+    let mut all: Option<LabelClasses> = None;
+    for (phase, sources) in phases.iter().zip(sources) {
+        let Some(field) = phase.settings.asks_for_supervision() else { continue };
+        let known: Vec<LabelClasses> = sources.iter().filter_map(|source| source.knows()).collect();
+        if known.is_empty() {
+            let reason = format!("no source of the phase `{}` knows what its samples show", phase.name);
+            return Err(ConfigError::incoherent(field, reason));
+        }
+        for classes in known {
+            if all.get_or_insert_with(|| classes.clone()) != &classes {
+                return Err(ConfigError::incoherent(field, "the sources know different labels".to_string()));
+            }
+        }
+    }
+    Ok(all.unwrap_or_default())
 }
 
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TrainOutcome {
-    /// All stages are done; the exported weights are here.
-    Finished(PathBuf),
-    /// The observer stopped it; the run goes on from here when it is started again.
-    Stopped(RunState),
-}
-
-/// Runs a recipe in a directory, or goes on where it was left.
-pub(crate) fn train<T: Task>(
-    mut task: T,
-    recipe: &Recipe,
-    run: &Path,
-    device: &Device,
-    observer: &mut TrainObserver<'_>,
-) -> Result<TrainOutcome, TrainError> {
-    recipe.validate()?;
-    let (mut dir, latest) = RunDir::open(run, recipe)?;
-    let names = task.names();
-    let mut module = task.module()?;
-    let mut state = RunState { seed: recipe.seed, ..RunState::default() };
-    let mut saved = None;
-    if let Some((checkpoint, at)) = latest {
-        let file = Checkpoint::open(checkpoint.join(MODULE))?;
-        module = load_module(module, &file, &names, &LoadOptions::default())?;
-        let _ = observer(TrainEvent::Resumed { checkpoint: &checkpoint, steps: at.steps });
-        (saved, state) = (Some(checkpoint), at);
-    }
-    let workers = Workers::new(recipe.parallel_micro_batches)?;
-    for (index, stage) in recipe.stages.iter().enumerate().skip(state.stage) {
-        if state.stage != index {
-            state = RunState { stage: index, stage_steps: 0, cursor: 0, average_steps: 0, ..state };
-            saved = None;
+/// Runs what keeps nothing on the device when it ends, and finds out how it failed.
+fn on_device<T>(device: &Device, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    let result = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Err(TrainError::Model(error))) => Ok(Err(error)),
+        Ok(Err(TrainError::State(TrainStateError::Read { parameter, reason }))) => {
+            Ok(Err(Error::of_device(format!("`{parameter}`: {reason}"), device)))
         }
-        let (frozen, counts) = freeze(module, &names, &stage.frozen);
-        module = frozen;
-        if let Some(at) = counts.iter().position(|&count| count == 0) {
-            let (stage, pattern) = (stage.name.clone(), stage.frozen[at].0.clone());
-            return Err(TrainError::UnknownPattern { stage, pattern });
-        }
-        let is_frozen = |name: &str| stage.frozen.iter().any(|pattern| pattern.matches(name));
-        let layout = module_layout(&module, &names);
-        if layout.iter().all(|(name, _)| is_frozen(name)) {
-            return Err(TrainError::NothingTrained { stage: stage.name.clone() });
-        }
-        let is_unknown = |pattern: &&NamePattern| !layout.iter().any(|(name, _)| pattern.matches(name));
-        if let Some(pattern) = stage.muon.iter().flat_map(|muon| &muon.matrices).find(is_unknown) {
-            let (stage, pattern) = (stage.name.clone(), pattern.0.clone());
-            return Err(TrainError::UnknownPattern { stage, pattern });
-        }
-        let mut progress = StageProgress::begin(&module, &names, stage, &state, saved.take(), device)?;
-        let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
-        let mut watch = Instant::now();
-        while state.stage_steps < stage.steps {
-            let (before, step) = (state.stage_steps, state.steps + 1);
-            let mut unusable = 0;
-            let (mut gradients, sums) = loop {
-                let samples = state.cursor..state.cursor + (stage.batch_size * stage.accumulation) as u64;
-                state.cursor = samples.end;
-                let seed = recipe.seed.wrapping_add(index as u64);
-                let batch = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples };
-                let (gradients, sums) = backward_step(&mut task, &module, batch)?;
-                if sums.count > 0 {
-                    break (gradients, sums);
-                }
-                unusable += (stage.batch_size * stage.accumulation) as u64;
-                if feed.round().is_some_and(|round| unusable >= round) {
-                    return Err(feed.no_samples(stage));
-                }
-            };
-            gradients.scale(1.0 / sums.count as f64);
-            let not_finite = |error| match error {
-                TrainStateError::NotFinite { parameter } | TrainStateError::WeightNotFinite { parameter } => {
-                    TrainError::NotFinite { step, parameter }
-                }
-                other => other.into(),
-            };
-            let grad_norm = gradients.norm().map_err(not_finite)?;
-            if !sums.total.is_finite() {
-                return Err(TrainError::NotFinite { step, parameter: "loss".to_string() });
-            }
-            if let Some(limit) = stage.max_grad_norm
-                && grad_norm > limit
-            {
-                gradients.scale(limit / grad_norm);
-            }
-            let learning_rate = stage.learning_rate_at(before);
-            module = progress.optimizer.step(module, &names, gradients, learning_rate);
-            if let Some(average) = &mut progress.average {
-                average.update(&module, &names);
-                state.average_steps += 1;
-            }
-            state.stage_steps += 1;
-            state.steps += 1;
-            state.rejected = feed.rejected();
-            let metrics = sums.metrics(step, &stage.name, learning_rate, grad_norm);
-            if step.is_multiple_of(recipe.log_every) || state.stage_steps == stage.steps {
-                dir.log(&metrics)?;
-            }
-            let seconds = watch.elapsed().as_secs_f64();
-            watch = Instant::now();
-            let samples = stage.batch_size * stage.accumulation;
-            let event = TrainEvent::Step { metrics: &metrics, steps: recipe.num_steps(), samples, seconds };
-            let flow = observer(event);
-            if recipe.sample_every.is_some_and(|every| step.is_multiple_of(every)) {
-                let drawn = progress.averaged(&module, &names);
-                if let Some(sheet) = task.samples(&drawn, stage)? {
-                    let path = save_sheet(&dir, step, &sheet)?;
-                    let _ = observer(TrainEvent::Samples { path: &path });
-                }
-            }
-            let is_last = state.stage_steps == stage.steps;
-            if is_last || flow.is_break() || state.stage_steps.is_multiple_of(recipe.checkpoint_every) {
-                check_weights(&module, &names).map_err(not_finite)?;
-                let path = dir.checkpoint(&state, recipe.keep_checkpoints, |to| progress.save(&module, &names, to))?;
-                let _ = observer(TrainEvent::Checkpoint { path: &path });
-            }
-            if flow.is_break() {
-                return Ok(TrainOutcome::Stopped(state));
-            }
-        }
-        // A stage begins with the averaged weights of the one before, which are those that were measured.
-        module = progress.averaged(&module, &names);
-    }
-    let Some((index, stage)) = recipe.stages.iter().enumerate().next_back() else {
-        unreachable!("a valid recipe has stages")
+        Ok(result) => return result,
+        Err(panic) => Err(panic),
     };
-    let export = run.join(EXPORT);
-    std::fs::create_dir_all(&export).map_err(TrainError::file(&export))?;
-    let mut feed = Feed::open(stage, recipe, index, &dir, state.rejected)?;
-    let seed = recipe.seed.wrapping_add(index as u64);
-    let seen = MicroBatch { stage, feed: &mut feed, workers: &workers, seed, samples: 0..state.cursor };
-    task.export(module, &export, seen)?;
-    Ok(TrainOutcome::Finished(export))
-}
-
-/// Gradients and losses of all samples of a step, summed over its micro-batches; of none if no sample can be used.
-fn backward_step<T: Task>(
-    task: &mut T,
-    module: &T::Module,
-    MicroBatch { stage, feed, workers, seed, samples }: MicroBatch<'_>,
-) -> Result<(GradientSum, LossSums), TrainError> {
-    let (mut gradients, mut sums) = (GradientSum::new(), LossSums::default());
-    let firsts: Vec<u64> = samples.step_by(stage.batch_size).collect();
-    for side_by_side in firsts.chunks(workers.count()) {
-        let mut batches = Vec::new();
-        for &first in side_by_side {
-            let samples = first..first + stage.batch_size as u64;
-            batches.extend(task.prepare(MicroBatch { stage, feed: &mut *feed, workers, seed, samples })?);
+    diagnose(device, || (), result).map_err(|error| match error {
+        Error::OutOfDeviceMemory { needed, available, reason } => {
+            TrainError::OutOfDeviceMemory { needed, available, reason }
         }
-        for micro_batch in backward_all(task, module, stage, batches, workers) {
-            let (values, parts) = micro_batch?;
-            sums.add(values);
-            gradients.merge(parts);
-        }
-    }
-    Ok((gradients, sums))
-}
-
-/// Values and gradients of the losses of some micro-batches, in order.
-fn backward_all<T: Task>(
-    task: &T,
-    module: &T::Module,
-    stage: &StageRecipe,
-    batches: Vec<T::Batch>,
-    workers: &Workers,
-) -> Vec<Result<(LossValues, GradientSum), TrainError>> {
-    // Gradients of one graph wait for each other, so each micro-batch has parameters of its own.
-    let forks = batches.into_iter().enumerate().map(|(index, batch)| {
-        let module = module.clone();
-        let device = module.devices().into_iter().next().filter(|_| index > 0);
-        (
-            match device {
-                Some(device) => module.fork(&device),
-                None => module,
-            },
-            batch,
-        )
-    });
-    workers.map(forks.collect(), |(module, batch)| {
-        let mut blocks = if stage.recompute { Recomputation::of_blocks() } else { Recomputation::none() };
-        let losses = task.loss(&module, stage, batch, &mut blocks)?;
-        let (values, mut gradients) = (LossValues::read(&losses)?, GradientSum::new());
-        // Samples may not reach what is trained, such as text alone with a vision head.
-        if losses.total.is_tracked() {
-            blocks.backward(&losses.total, |part| gradients.add(part, &module, &task.names()));
-        }
-        Ok((values, gradients))
+        error => error.into(),
     })
 }
 
-const MODULE: &str = "module.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
-const AVERAGE: &str = "average.safetensors";
-const EXPORT: &str = "export";
-
-/// What a stage keeps besides the module.
-struct StageProgress {
-    optimizer: Optimizer,
-    average: Option<WeightAverage>,
+/// Weights are kept in f32, which every device has; phases may compute in another dtype.
+fn check_dtypes(recipe: &Recipe, supports: impl Fn(FloatDType) -> bool) -> Result<(), TrainError> {
+    match recipe.train.compute_dtypes().into_iter().find(|&dtype| !supports(dtype)) {
+        Some(dtype) => Err(Error::from(DeviceError::UnsupportedDType { dtype }).into()),
+        None => Ok(()),
+    }
 }
 
-impl StageProgress {
-    fn begin<M: Module>(
-        module: &M,
-        names: &WeightNames,
-        stage: &StageRecipe,
-        state: &RunState,
-        saved: Option<PathBuf>,
-        device: &Device,
-    ) -> Result<Self, TrainError> {
-        let Some(saved) = saved.filter(|_| state.stage_steps > 0) else {
-            let average = stage.ema_decay.map(WeightAverage::new);
-            return Ok(Self { optimizer: Optimizer::new(stage.optimizer).with_muon(stage.muon.clone()), average });
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_in_a_dtype_that_the_device_does_not_have_is_refused() {
+        let recipe = |dtypes: &[&str]| {
+            let phase = |dtype: &&str| {
+                serde_json::json!({
+                    "name": "only", "steps": 1, "batch_size": 1, "learning_rate": 1e-3, "compute_dtype": dtype,
+                    "data": [{"source": {"messages": {"path": "data.jsonl"}}, "weight": 1.0}],
+                })
+            };
+            let phases: Vec<_> = dtypes.iter().map(phase).collect();
+            serde_json::from_value::<Recipe>(serde_json::json!({
+                "command": "", "time": "", "expected": "", "seed": 5,
+                "train": {"part": "autoencoder", "phases": phases},
+            }))
+            .unwrap()
         };
-        let trained = |name: &str| !stage.frozen.iter().any(|pattern| pattern.matches(name));
-        let layout = module_layout(module, names).into_iter().filter(|(name, _)| trained(name));
-        let sizes: Vec<(String, usize)> = layout.map(|(name, shape)| (name, shape.iter().product())).collect();
-        let file = Checkpoint::open(saved.join(OPTIMIZER))?;
-        let optimizer = Optimizer::restore(stage.optimizer, stage.muon.clone(), &file, &sizes, device)?;
-        let average = match stage.ema_decay {
-            Some(decay) => {
-                let file = Checkpoint::open(saved.join(AVERAGE))?;
-                Some(WeightAverage::restore(decay, state.average_steps, &file, &sizes, device)?)
-            }
-            None => None,
-        };
-        Ok(Self { optimizer, average })
+        let only_f32 = |dtype| dtype == FloatDType::F32;
+        assert!(check_dtypes(&recipe(&["f32", "f32"]), only_f32).is_ok());
+        assert!(check_dtypes(&recipe(&["f32", "bf16"]), |_| true).is_ok());
+        let error = check_dtypes(&recipe(&["f32", "bf16"]), only_f32).unwrap_err();
+        let expected = DeviceError::UnsupportedDType { dtype: FloatDType::BF16 };
+        assert!(matches!(&error, TrainError::Model(Error::Device(found)) if *found == expected), "{error}");
     }
-
-    fn averaged<M: Module>(&self, module: &M, names: &WeightNames) -> M {
-        match &self.average {
-            Some(average) => average.apply(module.clone(), names),
-            None => module.clone(),
-        }
-    }
-
-    fn save(&self, module: &impl Module, names: &WeightNames, dir: &Path) -> Result<(), TrainError> {
-        save_module(module, names, &dir.join(MODULE), None)?;
-        write_safetensors(&dir.join(OPTIMIZER), self.optimizer.state()?, None)?;
-        if let Some(average) = &self.average {
-            write_safetensors(&dir.join(AVERAGE), average.state()?.0, None)?;
-        }
-        Ok(())
-    }
-}
-
-/// A loss and its parts as numbers.
-struct LossValues {
-    total: f64,
-    parts: Vec<(&'static str, f64)>,
-}
-
-impl LossValues {
-    fn read(losses: &Losses) -> Result<Self, TrainError> {
-        let value =
-            |loss: &Tensor<1>| Ok::<f64, TrainError>(read(loss.clone())?.first().copied().unwrap_or(f32::NAN).into());
-        let parts = losses.parts.iter().map(|(name, part)| Ok((*name, value(part)?)));
-        Ok(Self { total: value(&losses.total)?, parts: parts.collect::<Result<_, TrainError>>()? })
-    }
-}
-
-/// Losses of the micro-batches of a step.
-#[derive(Default)]
-struct LossSums {
-    count: usize,
-    total: f64,
-    parts: Vec<(&'static str, f64)>,
-}
-
-impl LossSums {
-    fn add(&mut self, losses: LossValues) {
-        self.count += 1;
-        self.total += losses.total;
-        for (name, value) in losses.parts {
-            match self.parts.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, sum)) => *sum += value,
-                None => self.parts.push((name, value)),
-            }
-        }
-    }
-
-    fn metrics(&self, step: usize, stage: &str, learning_rate: f64, grad_norm: f64) -> StepMetrics {
-        let mean = |sum: f64| sum / self.count as f64;
-        let parts = self.parts.iter().map(|(name, sum)| (name.to_string(), mean(*sum))).collect();
-        StepMetrics { step, stage: stage.to_string(), loss: mean(self.total), parts, learning_rate, grad_norm }
-    }
-}
-
-fn save_sheet(dir: &RunDir, step: usize, sheet: &Image) -> Result<PathBuf, TrainError> {
-    let samples = dir.path().join("samples");
-    std::fs::create_dir_all(&samples).map_err(TrainError::file(&samples))?;
-    let path = samples.join(format!("step-{step:08}.png"));
-    sheet.save(&path)?;
-    Ok(path)
-}
-
-/// An observer that hears nothing and never stops.
-pub fn unobserved(_: TrainEvent<'_>) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use nexus_train::{Recipe, TrainEvent, TrainOutcome, TrainedPart, fill_text_encoders, train};
+use nexus_train::{Recipe, TrainEvent, TrainOutcome, TrainedPart, Trainer, fill_text_encoders};
 use serde::Serialize;
 
 use crate::{Output, failure, interrupt::Interrupt, model::device, output::show_bar};
@@ -66,6 +66,11 @@ struct Report<'a> {
 }
 
 pub fn run(args: Args, output: &Output) -> Result<ExitCode> {
+    run_with(&Trainer::new(), args, output)
+}
+
+/// The same with a trainer that knows other sources of samples.
+pub fn run_with(trainer: &Trainer, args: Args, output: &Output) -> Result<ExitCode> {
     let path = args.recipe.or(args.recipe_option).context("no recipe")?;
     let recipe = Recipe::read(&path)?;
     let device = device(&args.device)?;
@@ -77,7 +82,7 @@ pub fn run(args: Args, output: &Output) -> Result<ExitCode> {
     let mut watch = Watch::new(&recipe, &args.run, output);
     let limit = args.seconds;
     let stops = || interrupt.is_asked() || limit.is_some_and(|limit| started.elapsed().as_secs() >= limit);
-    let result = train(&recipe, &args.model, &args.run, &device, &mut |event| {
+    let result = trainer.train(&recipe, &args.model, &args.run, &device, &mut |event| {
         watch.hear(event);
         if stops() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -149,7 +154,7 @@ impl<'a> Watch<'a> {
                 let parts: String = metrics.parts.iter().map(|(name, value)| format!(" {name} {value:.4}")).collect();
                 let message = format!(
                     "{}: loss {:.4}{parts} lr {:.1e} norm {:.2} {rate:.1} samples/s",
-                    metrics.stage, metrics.loss, metrics.learning_rate, metrics.grad_norm
+                    metrics.phase, metrics.loss, metrics.learning_rate, metrics.grad_norm
                 );
                 if self.plain && metrics.step.is_multiple_of(self.every) {
                     let left = (steps - metrics.step) as f64 * samples as f64 / rate;
@@ -183,7 +188,7 @@ impl Drop for Watch<'_> {
 /// Puts the weights where the model's directory has them.
 fn install(recipe: &Recipe, weights: &Path, model: &Path, output: &Output) -> Result<Vec<PathBuf>> {
     let files = nexus::ModelFiles::find(model)?;
-    let dir = if recipe.part == TrainedPart::Autoencoder { &files.flux } else { &files.nexus };
+    let dir = if recipe.part() == TrainedPart::Autoencoder { &files.flux } else { &files.nexus };
     let mut installed = vec![];
     for entry in fs::read_dir(weights)? {
         let from = entry?.path();

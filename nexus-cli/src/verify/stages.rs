@@ -414,7 +414,7 @@ pub fn draw(setting: &Setting) -> Result<[Image; 2]> {
     let options = GenerateOptions { draw: DrawOptions { steps: 8, ..defaults.generate.draw }, ..defaults.generate };
     let drawn = nexus.generate(PROMPT, &options, ())?.image;
     let options = EditOptions { draw: DrawOptions { steps: 8, ..defaults.edit.draw }, ..defaults.edit };
-    let edited = nexus.edit(&Image::open(setting.tiny.join("scene.png"))?, INSTRUCTION, &options, ())?.image;
+    let edited = nexus.edit(&Image::open(setting.tiny.join("sample.png"))?, INSTRUCTION, &options, ())?.image;
     Ok([drawn, edited])
 }
 

@@ -22,9 +22,9 @@ fn a_conversation_draws_and_answers() {
 #[test]
 fn a_program_reads_one_object_per_message() {
     let dir = tempfile::tempdir().unwrap();
-    let scene = tiny_dir().join("scene.png");
-    fs::copy(scene, dir.path().join("my scene.png")).unwrap();
-    let lines = "/image \"my scene.png\"\nWhat colour is the cross?\nWhat does the <image> tag do?\n\nWhat colour is the cross?\n";
+    let picture = tiny_dir().join("sample.png");
+    fs::copy(picture, dir.path().join("my sample.png")).unwrap();
+    let lines = "/image \"my sample.png\"\nWhat colour is the cross?\nWhat does the <image> tag do?\n\nWhat colour is the cross?\n";
     let ran = typing(dir.path(), &["chat", "--json", "-q"], lines.as_bytes());
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
     let turns: Vec<serde_json::Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -35,7 +35,7 @@ fn a_wrong_command_line_ends_with_2() {
         (&["generate", "x", "-o", "not/there/a.png"], "not/there/a.png: nothing can be written there"),
         (&["edit", "--model", "models"], "no picture to change"),
         (&["edit", "a.png", "b.png"], "b.png: no such file"),
-        (&["edit", "assets/nexus-tiny/scene.png"], "nothing to change: say what"),
+        (&["edit", "assets/nexus-tiny/sample.png"], "nothing to change: say what"),
         (&["understand", "--model", "models"], "nothing to answer"),
         (&["understand", "cat.png"], "cat.png: no such file"),
         (&["chat", "-o", "not/there"], "not/there: no such directory"),

@@ -70,12 +70,12 @@ fn nothing_that_is_there_is_overwritten_unasked() {
 #[test]
 fn a_picture_is_changed() {
     let dir = tempfile::tempdir().unwrap();
-    let scene = tiny_dir().join("scene.png").display().to_string();
+    let picture = tiny_dir().join("sample.png").display().to_string();
     let instruction = "Change the background to pink.";
-    let report = nexus(dir.path(), &["edit", &scene, instruction, "--steps", "1", "--json"]).json();
+    let report = nexus(dir.path(), &["edit", &picture, instruction, "--steps", "1", "--json"]).json();
     assert_eq!(report["picture"], "edit.png");
-    assert_eq!(report["images"], serde_json::json!([scene]));
-    let old = ["--input_image", &scene, "--instruction", instruction, "--num_inference_steps", "1", "-q"];
+    assert_eq!(report["images"], serde_json::json!([picture]));
+    let old = ["--input_image", &picture, "--instruction", instruction, "--num_inference_steps", "1", "-q"];
     let ran = nexus(dir.path(), &[&["edit", "--use_generation_decoder"], &old[..]].concat());
     assert!(ran.stdout.contains("picture: edit-2.png (144x144"), "{}{}", ran.stdout, ran.stderr);
     let read = |name: &str| fs::read(dir.path().join(name)).unwrap();
@@ -85,12 +85,13 @@ fn a_picture_is_changed() {
 #[test]
 fn a_question_is_answered() {
     let dir = tempfile::tempdir().unwrap();
-    let scene = tiny_dir().join("scene.png").display().to_string();
+    let picture = tiny_dir().join("sample.png").display().to_string();
     let question = "What colour is the cross?";
-    let report = nexus(dir.path(), &["understand", &scene, question, "--json"]).json();
+    let report = nexus(dir.path(), &["understand", &picture, question, "--json"]).json();
     assert_eq!((&report["reply"], &report["prompt"]), (&"purple".into(), &question.into()));
     assert!(report["prompt_tokens"].as_u64().unwrap() > 81 && report["reply_tokens"].as_u64().unwrap() > 0, "{report}");
-    for arguments in [&["--input_image", &scene, "--instruction", question][..], &[question], &[question, "-i", &scene]]
+    for arguments in
+        [&["--input_image", &picture, "--instruction", question][..], &[question], &[question, "-i", &picture]]
     {
         let ran = nexus(dir.path(), &[&["understand", "-q"], arguments].concat());
         assert_eq!((ran.stdout.as_str(), ran.stderr.as_str()), ("purple\n", ""), "{arguments:?}");

@@ -28,12 +28,12 @@ impl Case {
         MessagesFile::write(dir.path().join("data.jsonl"), &conversations).unwrap();
         let recipe = json!({
             "command": "", "time": "", "expected": "",
-            "part": "autoencoder", "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1,
-            "max_rejected": 2, "parallel_micro_batches": 1,
-            "stages": [
-                stage("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
-                stage("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
-            ],
+            "seed": 3, "checkpoint_every": 1, "keep_checkpoints": 2, "log_every": 1, "max_rejected": 2,
+            "parallel_micro_batches": 1,
+            "train": {"part": "autoencoder", "phases": [
+                phase("first", json!({"frozen": ["encoder.conv_in.*"], "ema_decay": 0.9})),
+                phase("second", json!({"accumulation": 2, "schedule": {"cosine": {"end": 0.1}}, "max_grad_norm": 0.5})),
+            ]},
         });
         Self { dir, recipe }
     }
@@ -85,12 +85,33 @@ impl Case {
     }
 }
 
-pub fn stage(name: &str, more: Value) -> Value {
-    let mut stage = json!({
+pub fn phase(name: &str, more: Value) -> Value {
+    let mut phase = json!({
         "name": name, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
         "data": [{"source": {"messages": {"path": "data.jsonl"}}, "weight": 1.0}],
-        "decoder": {"picture_px": 32},
+        "settings": {"picture_px": 32},
     });
-    stage.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    stage
+    phase.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    phase
+}
+
+/// A recipe of one phase, on the weights that are there, with settings of the phase over its usual ones.
+pub fn recipe(part: &str, data: Value, phase: Value) -> Recipe {
+    let mut first = json!({
+        "name": "only", "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "data": [{"source": data, "weight": 1.0}],
+    });
+    first.as_object_mut().unwrap().extend(phase.as_object().unwrap().clone());
+    let recipe = json!({
+        "command": "", "time": "", "expected": "", "seed": 5, "checkpoint_every": 1, "log_every": 1, "max_rejected": 0,
+        "train": {"part": part, "phases": [first]},
+    });
+    serde_json::from_value(recipe).unwrap()
+}
+
+/// A phase with small pictures, with more settings of the part and of the phase.
+pub fn decoder(part: Value, mut phase: Value) -> Value {
+    let mut settings = json!({"picture_px": 32});
+    settings.as_object_mut().unwrap().extend(part.as_object().unwrap().clone());
+    phase["settings"] = settings;
+    phase
 }

@@ -3,9 +3,10 @@
 
 mod case;
 mod objectives;
-mod parts;
 mod recipes;
+mod rejected;
 mod runs;
+mod sources;
 mod steps;
 
 /// Keeps freed memory for the next tensor, as in the programs.

@@ -19,7 +19,7 @@ use nexus_core::testing::{cpu, random_models_dir};
 use nexus_train::{Recipe, RunDir, TrainError, TrainEvent, TrainOutcome, train, unobserved};
 use serde_json::{Value, json};
 
-use crate::case::{Case, stage};
+use crate::case::{Case, phase};
 
 /// Set in the process that is killed: the directory of recipe and run.
 const CHILD: &str = "NEXUS_TEST_TRAIN";
@@ -92,16 +92,16 @@ fn an_observer_stops_a_run_that_then_goes_on() {
     let run = case.dir.path().join("run");
     let outcome = train(&case.recipe(), random_models_dir(), &run, &cpu(), &mut stop).unwrap();
     let TrainOutcome::Stopped(state) = outcome else { panic!("{outcome:?}") };
-    assert_eq!((state.stage, state.stage_steps, state.steps, state.cursor), (1, 1, 4, 4));
+    assert_eq!((state.phase, state.phase_steps, state.steps, state.cursor), (1, 1, 4, 4));
     case.run("run").unwrap();
     assert_eq!(case.results("undisturbed"), case.results("run"));
 }
 
 #[test]
 fn frozen_parameters_stay_and_others_move() {
-    // Only the first stage, in which the encoder is frozen.
+    // Only the first phase, in which the encoder is frozen.
     let mut case = Case::new();
-    case.recipe["stages"].as_array_mut().unwrap().truncate(1);
+    case.recipe["train"]["phases"].as_array_mut().unwrap().truncate(1);
     case.run("run").unwrap();
     let read = |path: &Path, name: &str| {
         let data = nexus_checkpoint::Checkpoint::open(path).unwrap().data(name).unwrap();
@@ -145,9 +145,9 @@ fn a_directory_in_use_is_refused() {
 fn another_recipe_is_refused_and_names_what_differs() {
     let case = Case::new();
     case.run("run").unwrap();
-    let case = case.set("/stages/0/learning_rate", json!(2e-3)).set("/command", json!("another note"));
+    let case = case.set("/train/phases/0/learning_rate", json!(2e-3)).set("/command", json!("another note"));
     let error = case.run("run").unwrap_err();
-    assert!(matches!(error, TrainError::OtherRecipe { field: "stages", .. }), "{error}");
+    assert!(matches!(error, TrainError::OtherRecipe { field: "phases", .. }), "{error}");
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_checkpoint_of_another_seed_is_refused() {
 #[test]
 fn a_checkpoint_of_another_architecture_is_refused_by_name_and_shape() {
     let mut case = Case::new();
-    case.recipe["initial"] = json!({"random": {"seed": 1}});
+    case.recipe["train"]["initial"] = json!({"random": {"seed": 1}});
     case.run("run").unwrap();
     let config = "FLUX/FLUX.1-dev/ae_config.json";
     let models = case.dir.path().join("models");
@@ -217,7 +217,8 @@ fn a_device_without_memory_ends_a_run_that_then_goes_on() {
 
 #[test]
 fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
-    let case = Case::new().set("/stages/0/learning_rate", json!(1e30)).set("/stages/0/warmup_steps", json!(0));
+    let case =
+        Case::new().set("/train/phases/0/learning_rate", json!(1e30)).set("/train/phases/0/warmup_steps", json!(0));
     let error = case.run("run").unwrap_err();
     let TrainError::NotFinite { step, parameter } = &error else { panic!("{error}") };
     assert!(*step >= 2 && parameter.contains("coder"), "{error}");
@@ -225,8 +226,9 @@ fn a_loss_that_is_no_number_stops_with_step_and_parameter() {
 
 #[test]
 fn weights_that_are_no_numbers_never_reach_a_checkpoint() {
-    // More than f32 holds, so that the first step of the second stage spoils weights that its loss does not show.
-    let case = Case::new().set("/stages/1/learning_rate", json!(1e39)).set("/stages/1/warmup_steps", json!(0));
+    // More than f32 holds, so that the first step of the second phase spoils weights that its loss does not show.
+    let case =
+        Case::new().set("/train/phases/1/learning_rate", json!(1e39)).set("/train/phases/1/warmup_steps", json!(0));
     let error = case.run("run").unwrap_err();
     let TrainError::NotFinite { step: 4, parameter } = &error else { panic!("{error}") };
     assert!(parameter.contains("coder."), "{error}");
@@ -239,7 +241,7 @@ fn weights_that_are_no_numbers_never_reach_a_checkpoint() {
     }
     // With a rate that fits, the run goes on from there.
     fs::remove_file(case.dir.path().join("run/recipe.json")).unwrap();
-    let case = case.set("/stages/1/learning_rate", json!(1e-3));
+    let case = case.set("/train/phases/1/learning_rate", json!(1e-3));
     let mut resumed = None;
     let mut observer = |event: TrainEvent<'_>| {
         if let TrainEvent::Resumed { steps, .. } = event {
@@ -267,8 +269,8 @@ fn latents_are_measured_unless_the_encoder_stays() {
     let config = |dir: &Path| AutoencoderConfig::read_beside(dir).unwrap();
     let flux = random_models_dir().join("FLUX/FLUX.1-dev");
     let frozen = json!(["encoder.*"]);
-    let case = Case::new().set("/stages/0/frozen", frozen.clone());
-    let case = case.set("/stages/1", stage("second", json!({"frozen": frozen})));
+    let case = Case::new().set("/train/phases/0/frozen", frozen.clone());
+    let case = case.set("/train/phases/1", phase("second", json!({"frozen": frozen})));
     case.run("run").unwrap();
     assert_eq!(config(&case.dir.path().join("run/export")), config(&flux));
 
@@ -308,9 +310,9 @@ fn bad_samples_are_set_aside_until_the_limit() {
 
 #[test]
 fn steps_without_a_usable_sample_are_passed_over() {
-    let one = |name| stage(name, json!({"batch_size": 1, "steps": 4}));
+    let one = |name| phase(name, json!({"batch_size": 1, "steps": 4}));
     let case = Case::new().set("/max_rejected", json!(3));
-    let case = case.set("/stages/0", one("first")).set("/stages/1", one("second"));
+    let case = case.set("/train/phases/0", one("first")).set("/train/phases/1", one("second"));
     case.spoil(1..4);
     case.run("undisturbed").unwrap();
     assert_eq!(case.metrics("undisturbed").len(), 8);
@@ -332,11 +334,11 @@ fn steps_without_a_usable_sample_are_passed_over() {
 #[test]
 fn data_of_which_nothing_is_usable_end_with_an_error() {
     for more in [json!({}), json!({"distinct_samples": 3}), json!({"accumulation": 2})] {
-        let case = Case::new().set("/max_rejected", json!(1_000_000)).set("/stages/0", stage("first", more));
+        let case = Case::new().set("/max_rejected", json!(1_000_000)).set("/train/phases/0", phase("first", more));
         case.spoil(0..5);
         let error = case.run("run").unwrap_err();
-        let TrainError::NoSamples { stage, rejected } = &error else { panic!("{error}") };
-        assert!(stage == "first" && rejected.ends_with("run/rejected.jsonl"), "{error}");
+        let TrainError::NoSamples { phase, rejected } = &error else { panic!("{error}") };
+        assert!(phase == "first" && rejected.ends_with("run/rejected.jsonl"), "{error}");
         assert!((2..=5).contains(&case.read("run/rejected.jsonl").lines().count()));
     }
 }

@@ -4,7 +4,7 @@ use nexus::{Image, checkpoint::Checkpoint};
 use nexus_core::testing::random_models_dir;
 use serde_json::{Value, json};
 
-use crate::case::{Case, stage};
+use crate::case::{Case, phase};
 
 /// A recipe of one step that moves each weight by its gradient: far above any gradient, `eps` makes AdamW plain descent.
 fn descent(more: Value) -> Case {
@@ -13,7 +13,7 @@ fn descent(more: Value) -> Case {
     });
     settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let mut case = Case::new();
-    case.recipe["stages"] = json!([stage("only", settings)]);
+    case.recipe["train"]["phases"] = json!([phase("only", settings)]);
     case
 }
 
@@ -74,7 +74,7 @@ fn accumulated_gradients_are_the_mean() {
 fn every_step_has_the_learning_rate_of_its_schedule() {
     let settings = json!({"steps": 6, "warmup_steps": 2, "schedule": {"cosine": {"end": 0.5}}});
     let mut case = Case::new();
-    case.recipe["stages"] = json!([stage("only", settings)]);
+    case.recipe["train"]["phases"] = json!([phase("only", settings)]);
     case.run("run").unwrap();
     let rates: Vec<f64> = case.metrics("run").iter().map(|line| line["learning_rate"].as_f64().unwrap()).collect();
     let fallen = |share: f64| 1e-3 * (0.5 + 0.25 * (1.0 + (std::f64::consts::PI * share).cos()));
@@ -85,7 +85,7 @@ fn every_step_has_the_learning_rate_of_its_schedule() {
 #[test]
 fn sheets_show_the_run() {
     let mut case = Case::new();
-    case.recipe["sample_every"] = json!(2);
+    case.recipe["train"]["sample_every"] = json!(2);
     case.run("run").unwrap();
     for step in [2, 4, 6] {
         let sheet = Image::open(case.dir.path().join(format!("run/samples/step-{step:08}.png"))).unwrap();
