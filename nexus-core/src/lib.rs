@@ -12,8 +12,6 @@ mod failure;
 pub mod nn;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-#[cfg(feature = "train")]
-pub mod train;
 
 pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};
 pub use failure::{OutOfMemory, check_arrived, failure_reason, mib};

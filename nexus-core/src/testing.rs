@@ -3,6 +3,9 @@
 //! Fixture files are safetensors with `in.*`, `out.*` and `tap.*` tensors, made by `lab/parity`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs)]
 
+#[cfg(feature = "autodiff")]
+mod gradients;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, FloatDType, Int, Tensor};
@@ -10,6 +13,8 @@ pub use nexus_kernels::testing::{
     assert_close, assert_close_tensors, cpu, device, input, ramp, relative_drift, tolerance,
 };
 
+#[cfg(feature = "autodiff")]
+pub use gradients::{gradients_by_name, norm};
 use nexus_checkpoint::{Checkpoint, LoadDType, LoadOptions};
 
 /// How the parity tests load weights: as stored on the CPU, in f32 on another device, which may have no bf16.

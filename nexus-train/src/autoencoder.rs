@@ -2,15 +2,13 @@
 
 use std::path::Path;
 
+use crate::optim::{Draws, initialize};
 use burn::{
     module::Module,
     tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
 use nexus_checkpoint::{WeightNames, module_layout, save_module_as};
-use nexus_core::{
-    nn::Recomputation,
-    train::{Draws, initialize},
-};
+use nexus_core::nn::Recomputation;
 use nexus_data::{Image, Message, Role, decoder_image};
 use nexus_diffusion::{
     Autoencoder, AutoencoderLoss, AutoencoderObjective, LatentSize,

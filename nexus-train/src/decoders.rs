@@ -2,17 +2,14 @@
 
 use std::{collections::HashMap, path::Path};
 
+use crate::optim::{Draws, initialize};
 use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_checkpoint::{WeightNames, save_module_as};
-use nexus_core::{
-    GridThw, ImageEmbeds,
-    nn::Recomputation,
-    train::{Draws, initialize},
-};
+use nexus_core::{GridThw, ImageEmbeds, nn::Recomputation};
 use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, decoder_image};
 use nexus_diffusion::{
     Autoencoder, Conditioning, EditingDecoder, FlowMatching, FlowMatchingInput, GenerationDecoder, LatentSize,

@@ -1,9 +1,10 @@
 //! Drawing for sheets of samples: image embeddings -> pictures, by parts that are not trained.
 
+use crate::optim::Draws;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_checkpoint::LoadOptions;
-use nexus_core::{GridThw, ImageEmbeds, train::Draws};
+use nexus_core::{GridThw, ImageEmbeds};
 use nexus_data::{Image, clip_empty_ids};
 use nexus_diffusion::{
     Autoencoder, Branch, Branches, Conditioning, DenoiseOptions, Denoiser, GenerationDecoder, LatentSize,

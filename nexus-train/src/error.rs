@@ -13,7 +13,7 @@ pub enum TrainError {
     Model(#[from] nexus::Error),
     /// The saved state does not fit the model.
     #[error(transparent)]
-    State(#[from] nexus_core::train::TrainStateError),
+    State(#[from] crate::optim::TrainStateError),
     /// Another process trains in this directory.
     #[error("{path}: another process trains here; wait for it or choose another directory", path = path.display())]
     Busy {

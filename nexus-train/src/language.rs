@@ -5,6 +5,7 @@ mod samples;
 
 use std::{collections::HashMap, marker::PhantomData, path::Path};
 
+use crate::optim::{Draws, InitialWeights, initialize};
 use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
@@ -12,11 +13,7 @@ use burn::{
 use nexus::ModelFiles;
 use nexus_ar::{ArConfig, ArModel, ArOutput, TrainingBatch, TrainingSample};
 use nexus_checkpoint::{WeightNames, save_module_as};
-use nexus_core::{
-    config::ConfigError,
-    nn::Recomputation,
-    train::{Draws, InitialWeights, initialize},
-};
+use nexus_core::{config::ConfigError, nn::Recomputation};
 use nexus_data::{Image, Processor};
 use nexus_vision_encoder::{
     AppearanceHead, AppearanceInput, AppearanceLoss, AppearanceObjective, LabelHead, VisionConfig, VisionEncoder,

@@ -23,6 +23,7 @@ mod drawing;
 mod error;
 mod feed;
 mod language;
+pub mod optim;
 mod recipe;
 mod run;
 mod run_dir;

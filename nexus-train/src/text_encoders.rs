@@ -8,9 +8,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::optim::{InitialWeights, initialize};
 use burn::tensor::{Device, FloatDType};
 use nexus_checkpoint::save_module_as;
-use nexus_core::train::{InitialWeights, initialize};
 use nexus_diffusion::{
     ClipTextEncoder, T5Encoder,
     config::{ClipConfig, T5Config},

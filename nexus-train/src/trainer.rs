@@ -6,9 +6,10 @@ use std::{
     sync::Arc,
 };
 
+use crate::optim::TrainStateError;
 use burn::tensor::{Device, FloatDType};
 use nexus::{DeviceError, Error, diagnose};
-use nexus_core::{config::ConfigError, train::TrainStateError};
+use nexus_core::config::ConfigError;
 use nexus_data::BoxedSource;
 use nexus_diffusion::{EditingDecoder, GenerationDecoder};
 use serde_json::Value;

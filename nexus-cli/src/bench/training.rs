@@ -8,12 +8,10 @@ use nexus::{
     GridThw, ImageEmbeds,
     ar::{self, ArModel, ArObjective, NUM_IMAGE_TOKENS, TrainingBatch, TrainingSample},
     checkpoint::WeightNames,
-    core::{
-        nn::Recomputation,
-        train::{AdamWOptions, GradientSum, Optimizer},
-    },
+    core::nn::Recomputation,
     diffusion::{FlowMatching, FlowMatchingInput, GenerationDecoder, weights::GENERATION_DECODER},
 };
+use nexus_train::optim::{AdamWOptions, GradientSum, Optimizer};
 
 use super::{
     models::{Weights, ar_config, diffusion_config},

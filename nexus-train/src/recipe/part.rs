@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::optim::InitialWeights;
 use burn::tensor::FloatDType;
-use nexus_core::{config::ConfigError, train::InitialWeights};
+use nexus_core::config::ConfigError;
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, SourceRecipe, phase, positive};

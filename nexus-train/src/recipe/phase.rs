@@ -1,9 +1,7 @@
 //! Phases of a recipe: data, steps, learning rates and optimizer, with the settings of the part that is trained.
 
-use nexus_core::{
-    config::ConfigError,
-    train::{AdamWOptions, MuonOptions, NamePattern},
-};
+use crate::optim::{AdamWOptions, MuonOptions, NamePattern};
+use nexus_core::config::ConfigError;
 use serde::{Deserialize, Serialize};
 
 use super::{DataRecipe, one, part::Settings, positive};

@@ -5,9 +5,9 @@ use std::{
     sync::Arc,
 };
 
+use crate::optim::{NamePattern, TrainStateError, check_weights, freeze};
 use burn::{module::Module, tensor::Device};
 use nexus_checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout};
-use nexus_core::train::{NamePattern, TrainStateError, check_weights, freeze};
 
 use super::{
     AnyRun, Step,

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use crate::optim::{Optimizer, WeightAverage};
 use burn::{module::Module, tensor::Device};
 use nexus_checkpoint::{Checkpoint, WeightNames, module_layout, save_module, write_safetensors};
-use nexus_core::train::{Optimizer, WeightAverage};
 
 use crate::{Phase, RunState, TrainError};
 

@@ -1,8 +1,9 @@
 //! One step: samples of a phase -> gradients and losses of its micro-batches, one after the other or side by side.
 
+use crate::optim::GradientSum;
 use burn::{module::Module, tensor::Tensor};
 use nexus::read;
-use nexus_core::{nn::Recomputation, train::GradientSum};
+use nexus_core::nn::Recomputation;
 
 use super::StepMetrics;
 use crate::{

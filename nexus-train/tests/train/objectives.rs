@@ -9,11 +9,7 @@ use burn::{
 use nexus::{
     ar::{ArConfig, ArModel, ArObjective, NAMES, TrainingBatch, TrainingSample},
     checkpoint::{Checkpoint, LoadDType, LoadOptions, WeightNames, module_layout},
-    core::{
-        GridThw, ImageEmbeds,
-        nn::Recomputation,
-        train::{AdamWOptions, GradientSum, NamePattern, Optimizer, freeze},
-    },
+    core::{GridThw, ImageEmbeds, nn::Recomputation},
     diffusion::{
         Conditioning, EditingDecoder, FlowMatching, FlowMatchingInput, GenerationDecoder, LatentSize,
         config::DiffusionConfig,
@@ -23,6 +19,7 @@ use nexus::{
     vision_encoder::{NAMES as VISION_NAMES, VisionConfig, VisionEncoder},
 };
 use nexus_core::testing::{Fixture, assert_close, device, random_models_dir};
+use nexus_train::optim::{AdamWOptions, GradientSum, NamePattern, Optimizer, freeze};
 
 const LOSS_TOLERANCE: f32 = 1e-5;
 const GRADIENT_TOLERANCE: f32 = 1e-4;

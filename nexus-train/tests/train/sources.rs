@@ -55,11 +55,12 @@ impl Truth for Grey {
         let looks = vec![TokenLooks { queries: vec![first - 1], tokens: image.clone() }];
         let classes = (0..image.len()).flat_map(|token| [self.0, u8::from(token >= image.len() / 2)]).collect();
         let possible = vec![PossibleClass { token: 0, label: 0, class: (self.0 + 1) % 3 }];
+        let others = (0..100).filter(|&id| input.labels[first] != Some(id));
         Ok(Supervision {
             images: vec![Some(TokenLabels { classes, possible })],
             attended: looks.clone(),
             selected: looks,
-            possible: vec![PossibleToken { index: first, id: (input.labels[first].unwrap() + 1) % 100 }],
+            possible: others.map(|id| PossibleToken { index: first, id }).collect(),
         })
     }
 }

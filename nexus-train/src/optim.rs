@@ -1,7 +1,7 @@
-//! Training words that all models share: gradients by name -> AdamW or Muon step -> averaged weights.
+//! What steps the weights of any module: gradients by name -> AdamW or Muon step -> averaged weights.
 //!
 //! Everything is keyed by the names that parameters have in the released files, so that what is saved can be resumed by
-//! another process, and recipes name frozen parts as anyone finds them in a checkpoint. The loop is the facade's.
+//! another process, and recipes name frozen parts as anyone finds them in a checkpoint.
 
 mod average;
 mod draws;

@@ -117,7 +117,7 @@ impl ModuleVisitor for Collector<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use nexus_core::{
         nn::Linear,
         testing::{assert_close, cpu, ramp},
     };

@@ -125,7 +125,7 @@ impl ModuleMapper for Applier<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use nexus_core::{
         nn::Linear,
         testing::{assert_close, cpu},
     };

@@ -201,12 +201,12 @@ mod tests {
     use burn::optim::{AdamWConfig, Optimizer as _};
 
     use super::*;
-    use crate::train::NamePattern;
-    use crate::{
+    use crate::optim::NamePattern;
+    use nexus_checkpoint::write_safetensors;
+    use nexus_core::{
         nn::Linear,
         testing::{assert_close, cpu, ramp},
     };
-    use nexus_checkpoint::write_safetensors;
 
     const NAMES: WeightNames = WeightNames { prefix: "layer.", renames: &[], unused: &[] };
 

@@ -67,7 +67,7 @@ impl ModuleMapper for Initializer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{nn::Linear, testing::cpu};
+    use nexus_core::{nn::Linear, testing::cpu};
 
     #[test]
     fn values_depend_on_seed_and_name() {

@@ -64,7 +64,7 @@ impl ModuleMapper for Freezer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{nn::Linear, testing::cpu};
+    use nexus_core::{nn::Linear, testing::cpu};
 
     #[test]
     fn a_star_stands_for_any_characters() {

@@ -47,7 +47,7 @@ impl ModuleVisitor for Checker<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{nn::Linear, testing::cpu};
+    use nexus_core::{nn::Linear, testing::cpu};
 
     #[test]
     fn the_first_weight_that_is_no_number_is_named() {

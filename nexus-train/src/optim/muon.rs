@@ -81,7 +81,7 @@ impl Muon {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close_tensors, cpu, ramp};
+    use nexus_core::testing::{assert_close_tensors, cpu, ramp};
 
     fn muon(momentum: f32) -> Muon {
         Muon::new(MuonOptions { matrices: vec![NamePattern("*.weight".into())], momentum }, 0.1)
