@@ -2,9 +2,9 @@
 
 use burn::{
     module::Module,
-    tensor::{Bool, DType, Device, Tensor, TensorData, activation::log_softmax},
+    tensor::{Device, Tensor},
 };
-use nexus_kernels::{Attention, RotaryTable, Visibility, attention, index_tensor, matmul, rotate_half};
+use nexus_kernels::{Attention, RotaryTable, Visibility, attention, rotate_half};
 
 use super::{GatedMlp, KeyValue, Linear, RmsNorm};
 
@@ -95,40 +95,6 @@ impl DecoderLayer {
         let normed = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(normed)
     }
-
-    /// Logarithms of the weights with which some tokens of one sequence attend, causally, in some query heads: for losses
-    /// that say where a head should look.
-    ///
-    /// # Shapes
-    /// - `x`: `[1, tokens, hidden]`, what goes into the layer
-    /// - `rotary`: the table for these tokens
-    /// - returns: f32 `[heads.len(), queries.len(), tokens]`
-    ///
-    /// # Panics
-    /// If there is no such head or token.
-    pub fn log_attention(&self, x: Tensor<3>, rotary: &RotaryTable, heads: &[usize], queries: &[usize]) -> Tensor<3> {
-        let SelfAttention { q_proj, k_proj, head_dim, .. } = &self.self_attn;
-        let [_, tokens, hidden] = x.dims();
-        let device = x.device();
-        let indices = |values: &[usize]| index_tensor(values.iter().copied(), [values.len()], &device);
-        let normed = self.input_layernorm.forward(x);
-        let keys = rotate_half(self.self_attn.heads(k_proj.forward(normed.clone())), rotary);
-        let rows = indices(queries);
-        let at_rows = |table: &Tensor<3>| table.clone().select(1, rows.clone());
-        let table = RotaryTable { cos: at_rows(&rotary.cos), sin: at_rows(&rotary.sin) };
-        let q = rotate_half(self.self_attn.heads(q_proj.forward(normed.select(1, rows.clone()))), &table);
-        let [_, _, key_heads, _] = keys.dims();
-        let key_of: Vec<usize> = heads.iter().map(|head| head * key_heads / (hidden / head_dim)).collect();
-        let chosen = |x: Tensor<4>, heads: &[usize]| {
-            x.squeeze_dim::<3>(0).select(1, indices(heads)).swap_dims(0, 1).cast(DType::F32)
-        };
-        let scores = matmul(chosen(q, heads), chosen(keys, &key_of).swap_dims(1, 2)) / (*head_dim as f64).sqrt();
-        let hidden_from = |query: &usize| (0..tokens).map(|token| token > *query).collect::<Vec<_>>();
-        let mask: Vec<bool> = queries.iter().flat_map(hidden_from).collect();
-        let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, [queries.len(), tokens]), &device);
-        let mask = mask.unsqueeze::<3>().expand([heads.len(), queries.len(), tokens]);
-        log_softmax(scores.mask_fill(mask, -1e9), 2)
-    }
 }
 
 impl SelfAttention {
@@ -192,25 +158,5 @@ mod tests {
         }
         assert_close_tensors(&Tensor::cat(parts, 1), &whole, 1e-5);
         assert_eq!(cache.len(), 7);
-    }
-
-    #[test]
-    fn values_weighted_by_the_attention_are_what_the_layer_attends_to() {
-        let layer = layer();
-        let table = MultimodalRotary::new(8, 1e6, [2, 1, 1]).table(&[0.0, 1.0, 2.0, 3.0, 4.0].map(|p| [p; 3]), &cpu());
-        let x = ramp([1, 5, 32], 4) * 3.0;
-        let normed = layer.input_layernorm.forward(x.clone());
-        let expected = layer.self_attn.forward(normed.clone(), &table, Visibility::Causal, None);
-        let values = layer.self_attn.heads(layer.self_attn.v_proj.forward(normed));
-        let queries = [4, 0, 2];
-        let weights = layer.log_attention(x, &table, &[0, 1, 2, 3], &queries).exp();
-        let heads = (0..4).map(|head| {
-            let weights = weights.clone().narrow(0, head, 1).squeeze_dim::<2>(0);
-            weights.matmul(values.clone().narrow(2, head / 2, 1).reshape([5, 8]))
-        });
-        let found = layer.self_attn.o_proj.forward(Tensor::cat(heads.collect(), 1).unsqueeze::<3>());
-        for (row, query) in queries.into_iter().enumerate() {
-            assert_close_tensors(&found.clone().narrow(1, row, 1), &expected.clone().narrow(1, query, 1), 1e-5);
-        }
     }
 }
