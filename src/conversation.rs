@@ -39,7 +39,7 @@ pub enum ConversationDecoder {
 ///
 /// It keeps what the model has read, so that a turn costs only what is new: the message, and the pictures that the answer
 /// before it drew, which the model reads as anyone's pictures, with the text behind them. That takes memory on the device
-/// for every token, until [`Conversation::unload`]. A clone goes its own way.
+/// for every token, until [`Conversation::unload`]. A clone goes its own way; [`Conversation::save`] keeps one in a file.
 #[derive(Clone)]
 pub struct Conversation {
     nexus: Nexus,

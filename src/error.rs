@@ -75,9 +75,23 @@ pub enum Error {
         /// Largest area allowed, in pixels.
         max_pixels: usize,
     },
+    /// A conversation cannot be written, or a file holds none.
+    #[error("{path}: no conversation: {reason}", path = path.display())]
+    ConversationFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The conversation has no picture that could be changed.
     #[error("there is no picture in the conversation to edit: send one with the message")]
     NothingToEdit,
+    /// Less noise than all, and no picture below it.
+    #[error("a strength of {strength} keeps a part of a picture to start from, and there is none: set `start`, or 1")]
+    NothingToStartFrom {
+        /// Strength asked for.
+        strength: f64,
+    },
     /// The device failed while it computed.
     #[error("the device failed to give a result back: {reason}; try again, or on another device")]
     Read {

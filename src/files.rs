@@ -99,6 +99,46 @@ impl ModelFiles {
         Ok(Checkpoint::open(if !index.is_file() && single.is_file() { single } else { index })?)
     }
 
+    /// Weights of the generation decoder, which can be read by name.
+    ///
+    /// # Errors
+    /// [`Error::FileMissing`], [`Error::Checkpoint`] naming what is wrong.
+    pub fn open_generation_decoder(&self) -> Result<Checkpoint, Error> {
+        Ok(Checkpoint::open(self.generation_decoder()?)?)
+    }
+
+    /// Weights of the editing decoder.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open_generation_decoder`].
+    pub fn open_edit_decoder(&self) -> Result<Checkpoint, Error> {
+        Ok(Checkpoint::open(self.edit_decoder()?)?)
+    }
+
+    /// Weights of the autoencoder.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open_generation_decoder`].
+    pub fn open_autoencoder(&self) -> Result<Checkpoint, Error> {
+        Ok(Checkpoint::open(self.autoencoder()?)?)
+    }
+
+    /// Weights of the CLIP text encoder.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open_generation_decoder`].
+    pub fn open_text_encoder(&self) -> Result<Checkpoint, Error> {
+        Ok(Checkpoint::open(self.text_encoder()?)?)
+    }
+
+    /// Weights of the T5 text encoder.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open_generation_decoder`].
+    pub fn open_text_encoder_2(&self) -> Result<Checkpoint, Error> {
+        Ok(Checkpoint::open(self.text_encoder_2()?)?)
+    }
+
     /// `generation_decoder.safetensors` or `.bin`.
     ///
     /// # Errors

@@ -59,6 +59,7 @@
 //! `train` (default) adds the module `train`: recipes, runs and the objectives of every part.
 
 mod conversation;
+mod conversation_file;
 mod device;
 mod error;
 mod failure;
@@ -71,6 +72,7 @@ mod options;
 mod parts;
 mod progress;
 mod reply;
+mod running;
 mod slot;
 mod stages;
 
@@ -89,7 +91,7 @@ pub use nexus_checkpoint::Quantization;
 pub use nexus_core::{GridThw, ImageEmbeds};
 pub use nexus_data::{Image, ImageLimits, Language, Message, Part, Role};
 pub use nexus_diffusion::Noise;
-pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, TextOptions};
+pub use options::{DrawOptions, DrawWith, EditOptions, EditWith, GenerateOptions, Start, TextOptions};
 pub use progress::{Observer, Progress, Stage};
 pub use reply::{Picture, Reply};
 pub use stages::Residency;

@@ -107,8 +107,8 @@ impl ModelFiles {
     /// [`ConfigError`] if a configuration file cannot be read.
     pub fn licences(&self) -> Result<Vec<&'static WeightsLicence>, ConfigError> {
         let language_model = ArConfig::read(&self.config())?;
-        let dit = DitConfig::read_beside(&self.nexus)?;
-        let autoencoder = AutoencoderConfig::read_beside(&self.flux)?;
+        let dit = DitConfig::read_in(&self.nexus)?;
+        let autoencoder = AutoencoderConfig::read_in(&self.flux)?;
         let released_decoders = dit == DitConfig::default();
         let released = |part: &str| match part {
             "language_model" => (language_model.hidden_size, language_model.num_hidden_layers) == (3584, 28),

@@ -1,6 +1,9 @@
 //! How a model is loaded: a directory, a device and what is chosen beside them -> [`Nexus`].
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Once,
+};
 
 use burn::tensor::{Device, FloatDType};
 use nexus_ar::{ArConfig, GenerationConfig};
@@ -113,6 +116,7 @@ impl Loader {
     /// [`Error::Config`], [`Error::Data`] for the tokenizer, [`Error::OutOfDeviceMemory`], [`Error::Cancelled`], and the
     /// stages' errors for their weights. That the decoders or FLUX files are absent is an error only when they are needed.
     pub fn load(self, device: &Device, mut observer: impl Observer) -> Result<Nexus, Error> {
+        warn_if_unoptimized();
         let suited = Precision::of(device);
         let precision = Precision {
             weights: self.weights_dtype.unwrap_or(suited.weights),
@@ -134,7 +138,8 @@ impl Loader {
             Err(ConfigError::Missing { .. }) => ConversationOptions::default(),
             read => read?,
         };
-        let stages = Stages::open(files, config, device, options, precision.compute, self.residency)?;
+        files.check(device, &options)?;
+        let stages = Stages::new(files, device, options, precision.compute, self.residency);
         if self.residency == Residency::KeepAll {
             stages.run(|| {
                 stages.vision_encoder(&mut observer)?;
@@ -144,6 +149,19 @@ impl Loader {
         }
         let max_picture_pixels = self.max_picture_pixels;
         Ok(Nexus::new(Model { processor, stages, generation_config, default_options, max_picture_pixels }))
+    }
+}
+
+/// Profiles of this workspace do not reach those who depend on it.
+fn warn_if_unoptimized() {
+    static SAID: Once = Once::new();
+    if !nexus_core::IS_OPTIMIZED {
+        SAID.call_once(|| {
+            log::warn!(
+                "nexus was built without optimisation and is a hundred times slower: build with --release, or put \
+                 `[profile.dev.package.\"*\"]` with `opt-level = 3` into the Cargo.toml of your workspace"
+            );
+        });
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::{ops::ControlFlow, path::Path, sync::Arc};
 
-use burn::tensor::Device;
-use nexus_ar::{Context, GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
+use burn::tensor::{Device, FloatDType};
+use nexus_ar::{ArModel, Context, GenerateEvent, Generation, GenerationConfig, Prompt, SamplingOptions};
 use nexus_core::ImageEmbeds;
 use nexus_data::{
     Alpha, Image, Language, Message, ModelInput, Patches, ProcessOptions, Processor, edit_prompt, generation_prompt,
 };
-use nexus_diffusion::LatentSize;
+use nexus_diffusion::{Autoencoder, EditingDecoder, GenerationDecoder, LatentSize};
+use nexus_vision_encoder::VisionEncoder;
 
 use crate::{
     Conversation, ConversationOptions, DrawOptions, DrawWith, EditOptions, EditWith, Error, GenerateOptions, Images,
@@ -117,7 +118,7 @@ impl Nexus {
         let observer: &mut dyn Observer = &mut observer;
         self.check_drawing(&options.draw)?;
         match options.decoder {
-            EditWith::EditingDecoder => self.files().edit_decoder()?,
+            EditWith::EditingDecoder | EditWith::EditingDecoderWithoutReference => self.files().edit_decoder()?,
             EditWith::GenerationDecoder => self.files().generation_decoder()?,
         };
         let message = Message::user().with_text(edit_prompt(instruction)?).with_image(image.clone());
@@ -129,6 +130,7 @@ impl Nexus {
                 reference = self.reference(image, &mut *observer)?;
                 DrawWith::EditingDecoder { reference: Some(&reference) }
             }
+            EditWith::EditingDecoderWithoutReference => DrawWith::EditingDecoder { reference: None },
             EditWith::GenerationDecoder => DrawWith::GenerationDecoder,
         };
         Ok(Picture { reply: Some(reply), ..self.draw(&embeds, with, &options.draw, observer)? })
@@ -247,6 +249,54 @@ impl Nexus {
         Ok(Picture { image, embeds: embeds.clone(), reference, latents, reply: None })
     }
 
+    /// The vision encoder, loaded if it is not in memory.
+    ///
+    /// With [`Residency::OneStageAtATime`](crate::Residency), it is in memory beside another stage for as long as it is
+    /// kept; so are the other stages below.
+    ///
+    /// # Errors
+    /// As [`Loader::load`].
+    pub fn vision_encoder(&self, mut observer: impl Observer) -> Result<Arc<VisionEncoder>, Error> {
+        self.model.stages.run(|| Ok(self.model.stages.vision_encoder(&mut observer)?.into_inner()))
+    }
+
+    /// The autoregressive model, for its hidden states and the scores of a prompt.
+    ///
+    /// # Errors
+    /// As [`Loader::load`].
+    pub fn ar(&self, mut observer: impl Observer) -> Result<Arc<ArModel>, Error> {
+        self.model.stages.run(|| Ok(self.model.stages.ar(&mut observer)?.into_inner()))
+    }
+
+    /// The generation decoder.
+    ///
+    /// # Errors
+    /// As [`Loader::load`], and [`Error::FileMissing`].
+    pub fn generation_decoder(&self, mut observer: impl Observer) -> Result<Arc<GenerationDecoder>, Error> {
+        self.model.stages.run(|| Ok(self.model.stages.generation_decoder(&mut observer)?.into_inner()))
+    }
+
+    /// The editing decoder.
+    ///
+    /// # Errors
+    /// As [`Loader::load`], and [`Error::FileMissing`].
+    pub fn editing_decoder(&self, mut observer: impl Observer) -> Result<Arc<EditingDecoder>, Error> {
+        self.model.stages.run(|| Ok(self.model.stages.editing_decoder(&mut observer)?.into_inner()))
+    }
+
+    /// The autoencoder, for the latents of a picture and the picture of latents.
+    ///
+    /// # Errors
+    /// As [`Loader::load`], and [`Error::FileMissing`].
+    pub fn autoencoder(&self, mut observer: impl Observer) -> Result<Arc<Autoencoder>, Error> {
+        self.model.stages.run(|| Ok(self.model.stages.autoencoder(&mut observer)?.into_inner()))
+    }
+
+    /// What the model computes in, on which device.
+    pub fn device(&self) -> (&Device, FloatDType) {
+        (&self.model.stages.device, self.model.stages.compute_dtype)
+    }
+
     /// Tokenizer and image processor of the model.
     pub fn processor(&self) -> &Processor {
         &self.model.processor
@@ -281,6 +331,9 @@ impl Nexus {
     fn check_drawing(&self, options: &DrawOptions) -> Result<LatentSize, Error> {
         let DrawOptions { width, height, .. } = *options;
         options.denoise().validate()?;
+        if options.start.is_none() && options.strength != 1.0 {
+            return Err(Error::NothingToStartFrom { strength: options.strength });
+        }
         let size = LatentSize::from_pixels(height, width)?;
         let (used_height, used_width) = size.pixels();
         let max_pixels = self.model.max_picture_pixels;

@@ -1,8 +1,9 @@
 //! Options of the verbs: plain structs whose defaults are those of the original's scripts.
 
+use burn::tensor::Tensor;
 use nexus_ar::{ImagePass, PositionsAfterImage, SamplingOptions};
 use nexus_core::ImageEmbeds;
-use nexus_data::{Language, MAX_PIXELS_AR};
+use nexus_data::{Image, Language, MAX_PIXELS_AR};
 use nexus_diffusion::Noise;
 use serde::{Deserialize, Serialize};
 
@@ -56,9 +57,14 @@ pub struct DrawOptions {
     pub embedded_guidance: f64,
     /// What the picture should not show; used if `cfg_scale` is not 1.
     pub negative_prompt: String,
-    /// What the picture starts from.
+    /// The noise that the picture emerges from.
     #[serde(with = "noise_seed")]
     pub noise: Noise,
+    /// A picture to start from instead of noise alone; not a part of option files.
+    #[serde(skip)]
+    pub start: Option<Start>,
+    /// How much of that picture is noise at first: over 0, and at most 1, which leaves nothing of it. 1 without one.
+    pub strength: f64,
     /// TeaCache: skips steps whose input hardly changes, up to this accumulated change.
     pub tea_cache: Option<f64>,
     /// Draws and decodes in overlapping tiles, for large pictures.
@@ -75,6 +81,8 @@ impl Default for DrawOptions {
             embedded_guidance: 3.5,
             negative_prompt: String::new(),
             noise: Noise::Seed(52),
+            start: None,
+            strength: 1.0,
             tea_cache: None,
             tiled: false,
         }
@@ -132,6 +140,24 @@ fn edit_draw<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<DrawOp
     Ok(DrawOptions { cfg_scale: cfg_scale.unwrap_or(defaults.cfg_scale), noise, ..draw })
 }
 
+/// What a picture starts from: [`DrawOptions::start`].
+#[derive(Clone)]
+pub enum Start {
+    /// A picture, scaled until it covers the size of the new one, and cut.
+    Image(Image),
+    /// Latents of the size of the new picture, as [`crate::Picture::latents`].
+    Latents(Tensor<4>),
+}
+
+impl std::fmt::Debug for Start {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image(image) => image.fmt(f),
+            Self::Latents(latents) => write!(f, "Latents({:?} {:?})", latents.dtype(), latents.dims()),
+        }
+    }
+}
+
 /// The decoder that draws a changed picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -139,6 +165,8 @@ pub enum EditWith {
     /// Sees the predicted embeddings and those of the source image, and keeps what was not to change.
     #[default]
     EditingDecoder,
+    /// The editing decoder without the source image: it sees the predicted embeddings alone.
+    EditingDecoderWithoutReference,
     /// Sees the predicted embeddings alone.
     GenerationDecoder,
 }

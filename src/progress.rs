@@ -64,6 +64,14 @@ pub enum Progress {
         /// Width and height that are drawn.
         used: (usize, usize),
     },
+    /// In the step that is done next, TeaCache skipped the blocks of some passes: one pass for each branch of the guidance,
+    /// and for each tile.
+    StepSkipped {
+        /// The step, from 1.
+        step: usize,
+        /// Passes that were skipped.
+        passes: usize,
+    },
     /// A denoising step is done.
     Step {
         /// Steps done.

@@ -27,7 +27,7 @@ impl std::fmt::Display for Reply {
 }
 
 /// A picture that was drawn, with what it was drawn from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Picture {
     /// The pixels.
     pub image: Image,
@@ -39,6 +39,19 @@ pub struct Picture {
     pub latents: Tensor<4>,
     /// The answer that predicted the embeddings, if there was one.
     pub reply: Option<Reply>,
+}
+
+impl std::fmt::Debug for Picture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let latents = format_args!("{:?} {:?}", self.latents.dtype(), self.latents.dims());
+        f.debug_struct("Picture")
+            .field("image", &self.image)
+            .field("embeds", &self.embeds)
+            .field("reference", &self.reference)
+            .field("latents", &latents)
+            .field("reply", &self.reply.as_ref().map(|reply| &reply.text))
+            .finish()
+    }
 }
 
 impl Picture {

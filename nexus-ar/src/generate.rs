@@ -4,7 +4,7 @@
 //! predicts image embedding 0; then the 81 prefill embeddings are fed and predict embeddings 1 to 80; then the token
 //! that ends an image is forced and text goes on.
 
-use std::ops::ControlFlow;
+use std::{fmt, ops::ControlFlow};
 
 use burn::tensor::{FloatDType, Tensor};
 use nexus_core::{GridThw, ImageEmbeds, failure_reason};
@@ -129,7 +129,7 @@ pub enum FinishReason {
 }
 
 /// Scores of one text step.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct TextStep {
     /// Index of the chosen token in the sequence.
     pub index: usize,
@@ -137,8 +137,14 @@ pub struct TextStep {
     pub scores: Vec<f32>,
 }
 
+impl fmt::Debug for TextStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TextStep({}, {} scores)", self.index, self.scores.len())
+    }
+}
+
 /// A reply.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Generation {
     /// Prompt and reply.
     pub token_ids: Vec<u32>,
@@ -156,6 +162,21 @@ pub struct Generation {
     pub finish: FinishReason,
     /// Scores of the text steps, if asked for.
     pub text_steps: Vec<TextStep>,
+}
+
+impl fmt::Debug for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unfinished = self.unfinished_image.as_ref().map(Tensor::dims);
+        f.debug_struct("Generation")
+            .field("prompt_len", &self.prompt_len)
+            .field("reused_len", &self.reused_len)
+            .field("new_token_ids", &self.new_token_ids())
+            .field("images", &self.images)
+            .field("unfinished_image", &unfinished)
+            .field("finish", &self.finish)
+            .field("text_steps", &self.text_steps.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Generation {

@@ -94,12 +94,18 @@ impl std::fmt::Display for GridThw {
 ///
 /// The vision encoder makes them from pixels, the AR model reads them and predicts new ones, and the decoders draw
 /// them. Merged tokens are in raster order.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ImageEmbeds {
     /// `[batch, tokens, hidden]`, where `tokens == grid.num_merged_tokens()`.
     pub values: Tensor<3>,
     /// Size of the image in patches.
     pub grid: GridThw,
+}
+
+impl std::fmt::Debug for ImageEmbeds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ImageEmbeds({} patches, {:?} {:?})", self.grid, self.values.dtype(), self.values.dims())
+    }
 }
 
 impl ImageEmbeds {

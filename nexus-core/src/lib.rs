@@ -15,3 +15,6 @@ pub mod testing;
 
 pub use embeds::{EmbedsError, GridThw, ImageEmbeds, MERGE_SIZE, PATCH_SIZE_PX};
 pub use failure::{OutOfMemory, check_arrived, failure_reason, mib};
+
+/// Whether this crate, and with it most likely everything below it, was built with optimisation.
+pub const IS_OPTIMIZED: bool = !matches!(env!("NEXUS_OPT_LEVEL").as_bytes(), b"0");

@@ -131,6 +131,13 @@ impl DenoiseState {
     pub fn is_done(&self) -> bool {
         self.step >= self.schedule.num_steps()
     }
+
+    fn event(&self) -> DenoiseEvent<'_> {
+        let caches = self.positive_caches.iter().chain(&self.negative_caches);
+        let skipped_passes = caches.filter(|cache| cache.has_skipped()).count();
+        let num_steps = self.schedule.num_steps();
+        DenoiseEvent { step: self.step, num_steps, latents: &self.latents, skipped_passes }
+    }
 }
 
 /// Progress of a run: sent once before the first step, and after each step.
@@ -143,6 +150,8 @@ pub struct DenoiseEvent<'a> {
     pub num_steps: usize,
     /// Latents after these steps.
     pub latents: &'a Tensor<4>,
+    /// Passes of the latest step, one per branch of the guidance and per tile, whose blocks a cache skipped.
+    pub skipped_passes: usize,
 }
 
 impl<'a> Denoiser<'a> {
@@ -234,11 +243,10 @@ impl<'a> Denoiser<'a> {
         state: &mut DenoiseState,
         observer: &mut dyn FnMut(DenoiseEvent<'_>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        let num_steps = state.schedule.num_steps();
-        observer(DenoiseEvent { step: state.step, num_steps, latents: &state.latents })?;
+        observer(state.event())?;
         while !state.is_done() {
             self.step(state);
-            observer(DenoiseEvent { step: state.step, num_steps, latents: &state.latents })?;
+            observer(state.event())?;
         }
         ControlFlow::Continue(())
     }
@@ -396,6 +404,29 @@ mod tests {
         assert_eq!(heard, [(0, 3), (1, 3)]);
         assert!(denoiser.run(&mut state, &mut |_| ControlFlow::Continue(())).is_continue());
         assert_close_tensors(&state.latents, &finished(&dit, branches(), &options(2.0), noise), 0.0);
+    }
+
+    #[test]
+    fn events_tell_the_passes_that_a_cache_skipped() {
+        let (dit, noise) = (dit(), ramp([1, 2, 6, 8], 5));
+        let skipped = |cfg_scale, tiling, threshold| {
+            let options = DenoiseOptions { num_steps: 4, tea_cache_threshold: threshold, tiling, ..options(cfg_scale) };
+            let denoiser = Denoiser::new(&dit, branches(), SIZE, &options).unwrap();
+            let (mut state, mut skipped) = (denoiser.start(noise.clone(), None).unwrap(), vec![]);
+            let flow = denoiser.run(&mut state, &mut |event| {
+                skipped.push(event.skipped_passes);
+                ControlFlow::Continue(())
+            });
+            assert!(flow.is_continue());
+            skipped
+        };
+        assert_eq!(skipped(2.0, None, None), [0; 5]);
+        assert_eq!(skipped(2.0, None, Some(0.0)), [0; 5]);
+        assert_eq!(skipped(1.0, None, Some(1e9)), [0, 0, 1, 1, 0]);
+        assert_eq!(skipped(2.0, None, Some(1e9)), [0, 0, 2, 2, 0]);
+        let tiling = Tiling::new(4, 2).unwrap();
+        let tiles = tiling.tiles(SIZE).len();
+        assert_eq!(skipped(2.0, Some(tiling), Some(1e9)), [0, 0, 2 * tiles, 2 * tiles, 0]);
     }
 
     #[test]

@@ -23,11 +23,11 @@
 //! let device = Device::default();
 //! let (nexus, flux) = (Path::new("models/Nexus-GenV2"), Path::new("models/FLUX/FLUX.1-dev"));
 //! let options = LoadOptions::default();
-//! let config = DiffusionConfig::read(nexus)?;
+//! let config = DiffusionConfig::read_in(nexus)?;
 //! let weights = Checkpoint::open(nexus.join("generation_decoder.bin"))?;
 //! let decoder = GenerationDecoder::load(&weights, &config, &device, &options)?;
 //! let weights = Checkpoint::open(flux.join("ae.safetensors"))?;
-//! let autoencoder = Autoencoder::load(&weights, &AutoencoderConfig::read_beside(flux)?, &device, &options)?;
+//! let autoencoder = Autoencoder::load(&weights, &AutoencoderConfig::read_in(flux)?, &device, &options)?;
 //! let clip_config = ClipConfig::read(&flux.join("text_encoder/config.json"))?;
 //! let weights = Checkpoint::open(flux.join("text_encoder"))?;
 //! let clip = ClipTextEncoder::load(&weights, &clip_config, &device, &options)?;

@@ -11,13 +11,22 @@ use crate::{DiffusionError, LatentSize};
 const BLOCK: usize = 16;
 
 /// Where the start noise comes from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 #[allow(clippy::large_enum_variant, reason = "there is one per picture")]
 pub enum Noise {
     /// Drawn by [`torch_randn`], in f32, then rounded to the compute dtype.
     Seed(u64),
     /// Given: `[batch, channels, height / 8, width / 8]`.
     Latents(Tensor<4>),
+}
+
+impl std::fmt::Debug for Noise {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Seed(seed) => write!(f, "Seed({seed})"),
+            Self::Latents(latents) => write!(f, "Latents({:?} {:?})", latents.dtype(), latents.dims()),
+        }
+    }
 }
 
 impl Noise {

@@ -46,7 +46,7 @@ impl AutoencoderTraining {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let files = ModelFiles::find(model)?;
-        let config = AutoencoderConfig::read_beside(&files.flux)?;
+        let config = AutoencoderConfig::read_in(&files.flux)?;
         let device = device.clone().autodiff();
         let module = match initial {
             Initial::Random(weights) => initialize(Autoencoder::new(&config, &device), &AUTOENCODER, weights),

@@ -10,16 +10,15 @@ use burn::tensor::{DType, Tensor};
 use nexus::{
     Device, DrawOptions, EditOptions, GenerateOptions, GridThw, Image, ImageEmbeds, ModelFiles, Nexus, Precision,
     Quantization,
-    ar::{ArConfig, ArModel, KvCache},
-    checkpoint::{Checkpoint, LoadOptions, weight_bytes},
+    ar::{ArModel, KvCache},
+    checkpoint::{LoadOptions, weight_bytes},
     data::ImageProcessor,
     diffusion::{
-        Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, LatentSize, T5Encoder,
-        config::{AutoencoderConfig, ClipConfig, DiffusionConfig, T5Config},
+        EditingDecoder, GenerationDecoder, LatentSize,
         latents::patchify,
         transformer::{Dit, DitInput},
     },
-    vision_encoder::{VisionConfig, VisionEncoder},
+    vision_encoder::VisionEncoder,
 };
 use nexus_core::testing::{Fixture, fixtures_dir, relative_drift};
 
@@ -150,27 +149,19 @@ impl Setting {
     }
 
     fn encoder(&self) -> Result<VisionEncoder> {
-        let files = self.files()?;
-        let config = VisionConfig::read(files.config())?;
-        Ok(VisionEncoder::load(&files.open_language_model()?, &config, &self.device, &self.options())?)
+        Ok(self.files()?.load_vision_encoder(&self.device, &self.options())?)
     }
 
     fn model(&self) -> Result<ArModel> {
-        let files = self.files()?;
-        let config = ArConfig::read(files.config())?;
-        Ok(ArModel::load(&files.open_language_model()?, &config, &self.device, &self.quantized())?)
+        Ok(self.files()?.load_ar(&self.device, &self.quantized())?)
     }
 
     fn generation_decoder(&self) -> Result<GenerationDecoder> {
-        let files = self.files()?;
-        let (weights, config) = (Checkpoint::open(files.generation_decoder()?)?, DiffusionConfig::read(&files.nexus)?);
-        Ok(GenerationDecoder::load(&weights, &config, &self.device, &self.quantized())?)
+        Ok(self.files()?.load_generation_decoder(&self.device, &self.quantized())?)
     }
 
     fn editing_decoder(&self) -> Result<EditingDecoder> {
-        let files = self.files()?;
-        let (weights, config) = (Checkpoint::open(files.edit_decoder()?)?, DiffusionConfig::read(&files.nexus)?);
-        Ok(EditingDecoder::load(&weights, &config, &self.device, &self.quantized())?)
+        Ok(self.files()?.load_editing_decoder(&self.device, &self.quantized())?)
     }
 }
 
@@ -365,9 +356,7 @@ fn single_blocks(setting: &Setting) -> Result<f32> {
 
 fn autoencoder(setting: &Setting) -> Result<f32> {
     let (files, fixture) = (setting.files()?, Fixture::open("ae"));
-    let config = AutoencoderConfig::read_beside(&files.flux)?;
-    let weights = Checkpoint::open(files.autoencoder()?)?;
-    let autoencoder = Autoencoder::load(&weights, &config, &setting.device, &setting.options())?;
+    let autoencoder = files.load_autoencoder(&setting.device, &setting.options())?;
     worst([
         drift(autoencoder.encode(setting.tensor(&fixture, "in.image"), None), &fixture, "out.latents"),
         drift(autoencoder.decode(setting.tensor(&fixture, "in.latents"), None), &fixture, "out.image"),
@@ -376,9 +365,7 @@ fn autoencoder(setting: &Setting) -> Result<f32> {
 
 fn clip(setting: &Setting) -> Result<f32> {
     let (files, fixture) = (setting.files()?, Fixture::open("clip"));
-    let config = ClipConfig::read(&files.flux.join("text_encoder/config.json"))?;
-    let weights = Checkpoint::open(files.text_encoder()?)?;
-    let clip = ClipTextEncoder::load(&weights, &config, &setting.device, &setting.options())?;
+    let clip = files.load_clip(&setting.device, &setting.options())?;
     let pooled: Vec<Tensor<2>> = fixture
         .ids("in.input_ids")
         .chunks(77)
@@ -389,9 +376,7 @@ fn clip(setting: &Setting) -> Result<f32> {
 
 fn t5(setting: &Setting) -> Result<f32> {
     let (files, fixture) = (setting.files()?, Fixture::open("t5"));
-    let config = T5Config::read(&files.flux.join("text_encoder_2/config.json"))?;
-    let weights = Checkpoint::open(files.text_encoder_2()?)?;
-    let t5 = T5Encoder::load(&weights, &config, &setting.device, &setting.options())?;
+    let t5 = files.load_t5(&setting.device, &setting.options())?;
     drift(t5.encode(&fixture.ids("in.input_ids"), setting.precision.compute)?, &fixture, "out.hidden")
 }
 

@@ -62,7 +62,7 @@ impl MergerConfig {
     ///
     /// # Errors
     /// [`ConfigError`] if the file is absent or malformed or its fields contradict each other.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let config: Self = read_json(path)?;
         config.validate()?;
         Ok(config)

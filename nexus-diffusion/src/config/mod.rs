@@ -68,8 +68,8 @@ impl DitConfig {
     ///
     /// # Errors
     /// [`ConfigError`] if the file is malformed or its fields contradict each other.
-    pub fn read_beside(directory: &Path) -> Result<Self, ConfigError> {
-        let config: Self = read_or_default(&directory.join(DECODER_CONFIG_FILE))?;
+    pub fn read_in(directory: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let config: Self = read_or_default(&directory.as_ref().join(DECODER_CONFIG_FILE))?;
         config.validate()?;
         Ok(config)
     }
@@ -169,8 +169,8 @@ impl AutoencoderConfig {
     ///
     /// # Errors
     /// [`ConfigError`] if the file is malformed or its fields contradict each other.
-    pub fn read_beside(directory: &Path) -> Result<Self, ConfigError> {
-        let config: Self = read_or_default(&directory.join(AUTOENCODER_CONFIG_FILE))?;
+    pub fn read_in(directory: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let config: Self = read_or_default(&directory.as_ref().join(AUTOENCODER_CONFIG_FILE))?;
         config.validate()?;
         Ok(config)
     }
@@ -223,10 +223,11 @@ impl DiffusionConfig {
     ///
     /// # Errors
     /// [`ConfigError`] if `config.json` is absent, or a file is malformed or its fields contradict each other.
-    pub fn read(directory: &Path) -> Result<Self, ConfigError> {
+    pub fn read_in(directory: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let directory = directory.as_ref();
         Ok(Self {
             merger: MergerConfig::read(&directory.join(LANGUAGE_MODEL_CONFIG_FILE))?,
-            dit: DitConfig::read_beside(directory)?,
+            dit: DitConfig::read_in(directory)?,
         })
     }
 
@@ -323,13 +324,13 @@ mod tests {
     #[test]
     fn absent_files_mean_the_released_sizes_and_broken_ones_do_not() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(DitConfig::read_beside(directory.path()).unwrap(), DitConfig::default());
-        assert_eq!(AutoencoderConfig::read_beside(directory.path()).unwrap(), AutoencoderConfig::default());
+        assert_eq!(DitConfig::read_in(directory.path()).unwrap(), DitConfig::default());
+        assert_eq!(AutoencoderConfig::read_in(directory.path()).unwrap(), AutoencoderConfig::default());
         std::fs::write(directory.path().join(DECODER_CONFIG_FILE), r#"{"num_double": 2, "num_single": 0}"#).unwrap();
         let expected = DitConfig { num_double: 2, num_single: 0, ..DitConfig::default() };
-        assert_eq!(DitConfig::read_beside(directory.path()).unwrap(), expected);
+        assert_eq!(DitConfig::read_in(directory.path()).unwrap(), expected);
         std::fs::write(directory.path().join(AUTOENCODER_CONFIG_FILE), "{").unwrap();
-        assert!(matches!(AutoencoderConfig::read_beside(directory.path()), Err(ConfigError::Parse { .. })));
+        assert!(matches!(AutoencoderConfig::read_in(directory.path()), Err(ConfigError::Parse { .. })));
     }
 
     #[test]

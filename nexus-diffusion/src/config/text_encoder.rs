@@ -54,7 +54,7 @@ impl ClipConfig {
     ///
     /// # Errors
     /// [`ConfigError`] if the file is absent or malformed or its fields contradict each other.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let config: Self = read_json(path)?;
         config.validate()?;
         Ok(config)
@@ -134,7 +134,7 @@ impl T5Config {
     ///
     /// # Errors
     /// [`ConfigError`] if the file is absent or malformed or its fields contradict each other.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let config: Self = read_json(path)?;
         config.validate()?;
         Ok(config)

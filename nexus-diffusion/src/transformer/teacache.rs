@@ -21,6 +21,7 @@ pub struct TeaCache {
     threshold: f64,
     step: usize,
     accumulated: f64,
+    skipped: bool,
     previous_input: Option<Tensor<3>>,
     residual: Option<Tensor<3>>,
 }
@@ -34,7 +35,15 @@ impl TeaCache {
         if threshold.is_nan() || threshold < 0.0 {
             return Err(DiffusionError::option("tea_cache_threshold", threshold, "a number of at least 0"));
         }
-        Ok(Self { num_steps, threshold, step: 0, accumulated: 0.0, previous_input: None, residual: None })
+        Ok(Self {
+            num_steps,
+            threshold,
+            step: 0,
+            accumulated: 0.0,
+            skipped: false,
+            previous_input: None,
+            residual: None,
+        })
     }
 
     /// Sees the next step's input and says whether its blocks can be skipped.
@@ -56,7 +65,13 @@ impl TeaCache {
         }
         self.previous_input = Some(input);
         self.step += 1;
-        !compute
+        self.skipped = !compute;
+        self.skipped
+    }
+
+    /// Whether the blocks of the latest step were skipped.
+    pub fn has_skipped(&self) -> bool {
+        self.skipped
     }
 
     /// Keeps what the blocks added in a computed step.

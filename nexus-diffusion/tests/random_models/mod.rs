@@ -28,7 +28,7 @@ fn open(path: PathBuf) -> Checkpoint {
 }
 
 pub fn config() -> DiffusionConfig {
-    DiffusionConfig::read(&nexus()).unwrap()
+    DiffusionConfig::read_in(&nexus()).unwrap()
 }
 
 pub fn generation_decoder() -> GenerationDecoder {
@@ -42,7 +42,7 @@ pub fn editing_decoder() -> EditingDecoder {
 }
 
 pub fn autoencoder() -> Autoencoder {
-    let config = AutoencoderConfig::read_beside(&flux()).unwrap();
+    let config = AutoencoderConfig::read_in(&flux()).unwrap();
     Autoencoder::load(&open(flux().join("ae.safetensors")), &config, &device(), &load_options()).unwrap()
 }
 

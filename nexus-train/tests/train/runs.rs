@@ -266,7 +266,7 @@ fn an_export_that_was_cut_off_is_written_again() {
 
 #[test]
 fn latents_are_measured_unless_the_encoder_stays() {
-    let config = |dir: &Path| AutoencoderConfig::read_beside(dir).unwrap();
+    let config = |dir: &Path| AutoencoderConfig::read_in(dir).unwrap();
     let flux = random_models_dir().join("FLUX/FLUX.1-dev");
     let frozen = json!(["encoder.*"]);
     let case = Case::new().set("/train/phases/0/frozen", frozen.clone());
