@@ -1,5 +1,4 @@
 //! Conversations: turns, pictures in and out, and the choice of the decoder.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use std::ops::ControlFlow;
 

@@ -1,5 +1,4 @@
 //! One model, several threads: requests give what they give alone, and only what is allowed is in memory.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test may panic")]
 
 use std::{ops::ControlFlow, thread};
 

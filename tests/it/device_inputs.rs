@@ -1,5 +1,4 @@
 //! Tensors that come from elsewhere: embeddings and noise of other devices and dtypes, drawn and read from files.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test may panic")]
 
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use nexus::{

@@ -1,5 +1,4 @@
 //! The autoregressive model against transformers' Qwen2.5-VL on the bundled random checkpoint.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use std::ops::ControlFlow;
 

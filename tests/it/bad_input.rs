@@ -1,5 +1,4 @@
 //! Bad input through the facade: every kind has its own error, which says what, where and what to do.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use std::{
     fs,

@@ -1,5 +1,4 @@
 //! Names and shapes at the released sizes, without weights: they reproduce the published fingerprint.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use md5::{Digest, Md5};
 use nexus::{

@@ -1,5 +1,4 @@
 //! The whole pipeline through the facade against the PyTorch libraries, on the bundled random checkpoint.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, missing_docs, reason = "a test may panic and print")]
 
 use std::ops::ControlFlow;
 
@@ -11,10 +10,6 @@ use nexus::{
 use nexus_core::testing::{
     Fixture, assert_close, device, fixtures_dir, load_options, random_models_dir, relative_drift, tolerance,
 };
-
-/// Keeps freed memory for the next tensor, as in the examples.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const TOLERANCE: f32 = 2e-5;
 

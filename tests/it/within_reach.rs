@@ -1,5 +1,4 @@
 //! What a user reaches besides the verbs: loaded stages, ready embeddings, a picture to start from, what a cache skipped.
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test may panic")]
 
 use std::ops::ControlFlow;
 

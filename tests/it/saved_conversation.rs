@@ -1,5 +1,4 @@
 //! Conversations in files: what was said goes on, with pictures, transparency and embeddings; other files are refused.
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test may panic")]
 
 use std::collections::HashMap;
 

@@ -1,5 +1,4 @@
 //! The plan of the house, kept: arrows between the crates, what they must not name, and a first line for every source file.
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "a test may panic")]
 
 use std::{
     collections::BTreeSet,
