@@ -39,9 +39,12 @@ pub struct Args {
     /// Keep the weights of linear layers in fewer bits; the limits are those of so few bits
     #[arg(long, value_name = "BITS")]
     quantize: Option<Bits>,
-    /// Write the certificate into this file, as JSON; its place is taken
+    /// Write the certificate into this file, as JSON
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Let the certificate take the place of a file that is there
+    #[arg(long)]
+    overwrite: bool,
     /// Check this model too: every tensor against --manifest; without it, names and shapes against the released files
     #[arg(short, long, alias = "ckpt_path", value_name = "DIR")]
     model: Option<PathBuf>,
@@ -55,7 +58,7 @@ pub struct Args {
 
 pub fn run(args: Args, output: &Output) -> Result<ExitCode> {
     if let Some(path) = &args.output {
-        check_writable(path, true)?;
+        check_writable(path, args.overwrite)?;
     }
     let device = device(&args.device)?;
     let precision = args.dtype.map_or_else(|| Precision::of(&device), precision);

@@ -5,6 +5,7 @@ mod certificate;
 mod chat;
 mod command_line;
 mod measuring;
+mod page;
 mod pictures;
 mod training;
 
