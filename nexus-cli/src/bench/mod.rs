@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::{Output, paths::write_whole};
 
 pub use models::Weights;
+pub use place::{device, ramp};
 pub use work::{RELEASED_MODELS, STAGES, Stage, Work};
 
 #[derive(clap::Args)]
