@@ -52,7 +52,9 @@ fn commands(page: &str) -> Vec<Vec<OsString>> {
     let blocks = page.split("```").skip(1).step_by(2);
     let lines = blocks.flat_map(str::lines).map(|line| line.split(" #").next().unwrap().trim());
     let of_ours = lines.filter_map(|line| match line.split_once(" -- ") {
-        Some((cargo, rest)) if cargo.starts_with("cargo run") && !cargo.contains("--example") => {
+        Some((cargo, rest))
+            if cargo.starts_with("cargo run") && ["--example", "-p "].iter().all(|other| !cargo.contains(other)) =>
+        {
             Some(format!("nexus {rest}"))
         }
         _ => line.starts_with("nexus ").then(|| line.to_string()),
