@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the commands of the guides that are walked through from the first to the last: each block that begins with ```sh, in the
 # order in which they stand, each page in a copy of the repository's tracked files, so that nothing is left behind. What is built is
-# kept in the target directory. The program's own tests run the commands of its page.
+# kept in the target directory. The tests of the program hold the commands of its page to what it takes.
 #
 #   docs/check.sh             # all of them
 #   docs/check.sh train       # one

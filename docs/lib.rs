@@ -14,6 +14,8 @@ pages! {
     converse: "src/converse.md",
     devices: "src/devices.md",
     introduction: "src/introduction.md",
+    readme: "../README.md",
     start: "src/start.md",
+    train: "src/train.md",
     weights: "src/weights.md",
 }

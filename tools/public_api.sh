@@ -11,8 +11,9 @@ what="${1:?check or update}"
 crates=$(cargo metadata --no-deps --locked --format-version 1 | python3 -c '
 import json, sys
 for package in json.load(sys.stdin)["packages"]:
-    library = any("lib" in target["kind"] for target in package["targets"])
-    if package["publish"] is None and library:
+    kinds = {kind for target in package["targets"] for kind in target["kind"]}
+    # The library of a program is its own.
+    if package["publish"] is None and "lib" in kinds and "bin" not in kinds:
         print(package["name"])')
 failed=0
 mkdir -p docs/public-api

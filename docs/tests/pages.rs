@@ -11,6 +11,10 @@ fn book() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }
 
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
 fn pages() -> BTreeSet<PathBuf> {
     let files = fs::read_dir(book()).unwrap().map(|entry| entry.unwrap().path());
     files.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect()
@@ -62,17 +66,52 @@ fn every_link_within_the_book_leads_somewhere() {
     }
 }
 
-/// Every file of the repository that a page names is there.
+/// What there is to read outside of the book.
+fn other_documents() -> Vec<PathBuf> {
+    let names = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"].map(|name| repository().join(name));
+    let mut found = names.to_vec();
+    for folder in ["assets", "fuzz", "lab"] {
+        markdown_files(&repository().join(folder), &mut found);
+    }
+    found
+}
+
+fn markdown_files(dir: &Path, found: &mut Vec<PathBuf>) {
+    for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+        if path.is_dir() {
+            markdown_files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            found.push(path);
+        }
+    }
+}
+
 #[test]
-fn files_that_pages_name_are_there() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf();
-    const FOLDERS: [&str; 8] = ["lab/", "tools/", "examples/", "benches/", "recipes/", "assets/", "tests/", "docs/"];
-    for page in pages() {
-        let text = prose(&page);
-        for name in text.split('`').skip(1).step_by(2).filter(|name| !name.contains(' ')) {
-            let ours = FOLDERS.iter().any(|folder| name.starts_with(folder))
-                || name.starts_with("nexus-") && name.contains('/');
-            assert!(!ours || root.join(name).exists(), "{} names `{name}`, which is not there", page.display());
+fn every_link_of_other_documents_leads_somewhere() {
+    for document in other_documents() {
+        let text = prose(&document);
+        for link in links(&text).into_iter().filter(|link| !link.contains("://") && !link.starts_with('#')) {
+            let target = document.parent().unwrap().join(link.split('#').next().unwrap());
+            assert!(target.exists(), "{}: no file for the link {link}", document.display());
+        }
+    }
+}
+
+/// A name without a star or a blank, of a folder that the repository has.
+fn names_a_file(name: &str) -> bool {
+    const FOLDERS: [&str; 9] =
+        ["lab/", "tools/", "examples/", "benches/", "assets/", "tests/", "docs/", "fuzz/fuzz_targets/", ".ci/"];
+    let ours = FOLDERS.iter().any(|folder| name.starts_with(folder));
+    let of_a_crate = name.starts_with("nexus-") && name.contains('/');
+    (ours || of_a_crate) && !name.contains([' ', '*', '<'])
+}
+
+#[test]
+fn files_that_documents_name_are_there() {
+    for document in pages().into_iter().chain(other_documents()) {
+        let text = prose(&document);
+        for name in text.split('`').skip(1).step_by(2).filter(|name| names_a_file(name)) {
+            assert!(repository().join(name).exists(), "{} names `{name}`, which is not there", document.display());
         }
     }
 }
