@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::failure::usage;
 
@@ -65,7 +65,10 @@ pub fn free_name(dir: &Path, name: &str, overwrite: bool) -> PathBuf {
 }
 
 /// Writes a file beside its place and puts it there whole.
+#[cfg(any(feature = "bench", feature = "train", feature = "verify"))]
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    use anyhow::Context;
+
     let beside = path.with_added_extension("unfinished");
     fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).with_context(|| path.display().to_string())
 }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, io, path::Path};
 
 use burn::{
     module::{Module, ModuleMapper, Param},
-    tensor::{DType, Distribution, FloatDType, Tensor, TensorData},
+    tensor::{DType, Distribution, Tensor, TensorData},
 };
 use half::bf16;
 use nexus::{
@@ -39,7 +39,7 @@ const SINGLE_BLOCK: &str = "layers/single_block.safetensors";
 
 #[cfg(feature = "train")]
 /// Dtype of weights that take steps.
-const TRAINED: LoadDType = LoadDType::Convert(FloatDType::F32);
+const TRAINED: LoadDType = LoadDType::Convert(burn::tensor::FloatDType::F32);
 
 /// Names of single layers: those inside a block, as the decoders' files have them.
 const LAYER: WeightNames = WeightNames { prefix: "", renames: &[("in_layer", "0"), ("out_layer", "2")], unused: &[] };

@@ -9,6 +9,8 @@ use plotters::prelude::{
 use plotters::style::Color;
 use serde_json::Value;
 
+use crate::paths::write_whole;
+
 /// Fields of the metrics that are no losses.
 const NOT_LOSSES: [&str; 4] = ["step", "learning_rate", "grad_norm", "stage"];
 
@@ -30,8 +32,7 @@ pub fn draw(run: &Path) -> Result<()> {
     }
     let mut svg = String::new();
     draw_into(&mut svg, &curves, last, low..high).map_err(|error| anyhow!("cannot draw the curves: {error}"))?;
-    let (path, beside) = (run.join("curves.svg"), run.join("curves.svg.unfinished"));
-    fs::write(&beside, svg).and_then(|()| fs::rename(&beside, &path)).with_context(|| path.display().to_string())
+    write_whole(&run.join("curves.svg"), svg.as_bytes())
 }
 
 fn curves(metrics: &str) -> Vec<Curve> {
