@@ -29,5 +29,10 @@ fn main() -> Result<()> {
             }
         }
     }
+
+    // To go on later, with this model or another one.
+    conversation.save("conversation.safetensors")?;
+    let conversation = nexus.load_conversation("conversation.safetensors")?;
+    println!("conversation.safetensors: {} messages", conversation.history().len());
     Ok(())
 }

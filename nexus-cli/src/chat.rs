@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use nexus::{AnswerPart, Conversation, Image, Message};
 use serde::Serialize;
 
@@ -22,6 +22,7 @@ use crate::{
 };
 
 const HELP: &str = "/image PATH  send a picture with the next message; several times for several pictures
+/save PATH   keep the conversation in a file, to go on with by `nexus chat --conversation PATH`
 /help        show this
 /quit        end the conversation";
 
@@ -38,6 +39,9 @@ pub struct Args {
     /// Directory for drawn pictures: chat.png, chat-2.png, ...
     #[arg(short, long, alias = "result_path", value_name = "DIR", default_value = ".", help_heading = "Result")]
     output: PathBuf,
+    /// Go on with a conversation that /save wrote
+    #[arg(short, long, value_name = "FILE")]
+    conversation: Option<PathBuf>,
     #[command(flatten)]
     draw: DrawArgs,
     #[command(flatten)]
@@ -51,6 +55,7 @@ enum Line {
     Message(String),
     Help,
     Image(PathBuf),
+    Save(PathBuf),
     Quit,
     /// What is no command, and why.
     Unknown(String),
@@ -68,6 +73,8 @@ impl Line {
             ("quit" | "exit", _) => Self::Quit,
             ("image", "") => Self::Unknown("/image needs the path of a picture".to_string()),
             ("image", path) => Self::Image(typed(path)),
+            ("save", "") => Self::Unknown("/save needs the path of a file".to_string()),
+            ("save", path) => Self::Save(typed(path)),
             _ if typed(line).is_file() => Self::Unknown(format!("a picture is sent by `/image {line}`")),
             _ => Self::Unknown(format!("/{name} is no command")),
         }
@@ -102,11 +109,15 @@ pub fn run(args: Args, output: &Output) -> Result<ExitCode> {
     let mut watch = Watch::new(output, &interrupt);
     let nexus = args.model.load(&place, &mut watch)?;
     watch.rest();
-    let mut options = nexus.default_options().clone();
+    let mut conversation = match &args.conversation {
+        Some(path) => nexus.load_conversation(path)?,
+        None => nexus.conversation(),
+    };
+    let mut options = conversation.options().clone();
     for draw in [&mut options.generate.draw, &mut options.edit.draw] {
         args.draw.apply(draw);
     }
-    let conversation = nexus.conversation_with(options);
+    conversation.set_options(options);
     let mut chat = Chat { output, watch, conversation, images: vec![], dir: &args.output };
     if std::io::stdin().is_terminal() {
         output.note("type a message, or /help");
@@ -144,12 +155,21 @@ impl Chat<'_> {
                 Ok(image) => self.images.push(image),
                 Err(error) => output.warn(&format!("error: {error}")),
             },
+            Line::Save(path) => match self.save(&path) {
+                Ok(()) => output.note(format!("conversation: {}", path.display())),
+                Err(error) => output.warn(&format!("error: {}", failure::text(&error))),
+            },
             Line::Message(text) => {
                 let result = self.answer(text);
                 self.show(result)?;
             }
         }
         Ok(ControlFlow::Continue(()))
+    }
+
+    fn save(&self, path: &Path) -> Result<()> {
+        ensure!(!path.exists(), "{}: already there; give another path", path.display());
+        Ok(self.conversation.save(path)?)
     }
 
     /// Sends a message with the pictures that wait for it; if it fails, they wait on.
@@ -224,10 +244,11 @@ mod tests {
             ("/quit\r\n", Line::Quit),
             ("/exit", Line::Quit),
             (" /image \"my cat.png\"", Line::Image("my cat.png".into())),
+            ("/save cats.safetensors", Line::Save("cats.safetensors".into())),
         ] {
             assert_eq!(Line::parse(line), expected, "{line:?}");
         }
-        for line in ["/image", "/", "/draw a circle", "/imagecat.png", "/ image a.png", "//", "/Help"] {
+        for line in ["/image", "/save", "/", "/draw a circle", "/imagecat.png", "/ image a.png", "//", "/Help"] {
             assert!(matches!(Line::parse(line), Line::Unknown(_)), "{line:?}");
         }
     }

@@ -49,6 +49,21 @@ fn a_mistake_is_said_and_the_next_line_is_read() {
     assert_eq!(ran.stderr.matches("error:").count(), 4, "{}", ran.stderr);
 }
 
+#[test]
+fn a_conversation_is_kept_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = format!("{DRAW}\n/save \"my chat.safetensors\"\n/save my\\ chat.safetensors\n");
+    let ran = typing(dir.path(), &["chat", "--steps", "8"], lines.as_bytes());
+    assert_eq!(ran.code, 0);
+    assert!(ran.stderr.contains("conversation: my chat.safetensors\n"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("error: my chat.safetensors: already there"), "{}", ran.stderr);
+    let arguments = ["chat", "--conversation", "my chat.safetensors", "-q"];
+    let ran = typing(dir.path(), &arguments, b"What colour is the circle?\n");
+    assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (0, "blue\n", ""));
+    let ran = typing(dir.path(), &["chat", "-c", "not/there", "-q"], b"");
+    ran.assert_error(1, "not/there");
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupt_between_messages_ends_the_program() {
