@@ -34,6 +34,8 @@ BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test program 
 
 BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test train -- objectives::
 
-# The kernels for GPUs, next to burn's formulation and to sums in f64, and the blocks that are made of them.
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: gpu:: activation:: adamw:: attention:: conv:: \
+# Every operation on the GPU, next to its plain formulation in f64 on the CPU; then what only a GPU has, and the blocks.
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test suite -- Gpu
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- --include-ignored gpu::
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: activation:: adamw:: attention:: conv:: grad:: \
     join:: linear:: norm:: rotary::

@@ -2,13 +2,9 @@
 
 use burn::tensor::{Tensor, activation};
 
-#[cfg(feature = "cpu")]
-use crate::cpu;
-#[cfg(feature = "gpu")]
-use crate::gpu;
+use crate::place::{at, dispatch};
 
 /// A function of one value.
-#[cfg(any(feature = "cpu", feature = "gpu"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Function {
     /// `x * sigmoid(x)`.
@@ -23,12 +19,7 @@ pub(crate) enum Function {
 
 /// `x * sigmoid(x)`.
 pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    kernels_first!(x, cpu::activate(Function::Silu, x), gpu::activate(Function::Silu, x));
-    plain_silu(x)
-}
-
-fn plain_silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    activation::silu(x)
+    activate(Function::Silu, x)
 }
 
 /// `max(x, 0)`.
@@ -38,36 +29,17 @@ pub fn relu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// GELU by the error function (`torch.nn.GELU()`).
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    kernels_first!(x, cpu::activate(Function::Gelu, x), gpu::activate(Function::Gelu, x));
-    plain_gelu(x)
-}
-
-fn plain_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    activation::gelu(x)
+    activate(Function::Gelu, x)
 }
 
 /// GELU by its tanh approximation (`gelu_new`, `approximate="tanh"`).
 pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    kernels_first!(x, cpu::activate(Function::GeluTanh, x), gpu::activate(Function::GeluTanh, x));
-    plain_gelu_tanh(x)
-}
-
-/// Written with one exponential: `0.5 (1 + tanh u) = 1 / (1 + exp(-2u))`.
-fn plain_gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    const MINUS_TWO_SQRT_2_OVER_PI: f64 = -1.595_769_121_605_730_7;
-    let cube = x.clone() * x.clone() * x.clone();
-    let inner = (x.clone() + cube * 0.044715) * MINUS_TWO_SQRT_2_OVER_PI;
-    x / (inner.exp() + 1.0)
+    activate(Function::GeluTanh, x)
 }
 
 /// `x * sigmoid(1.702 x)`, the GELU of CLIP.
 pub fn quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    kernels_first!(x, cpu::activate(Function::QuickGelu, x), gpu::activate(Function::QuickGelu, x));
-    plain_quick_gelu(x)
-}
-
-fn plain_quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    x.clone() * activation::sigmoid(x * 1.702)
+    activate(Function::QuickGelu, x)
 }
 
 /// `silu(gate) * up`, the gate of the Qwen models.
@@ -75,12 +47,7 @@ fn plain_quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// # Shapes
 /// `gate` and `up` have one shape, that of the result.
 pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    kernels_first!(
-        (gate, up),
-        cpu::activate_times(Function::Silu, gate, up),
-        gpu::activate_times(Function::Silu, gate, up)
-    );
-    plain_silu(gate) * up
+    activate_times(Function::Silu, gate, up)
 }
 
 /// `gelu_tanh(gate) * up`, the gate of T5.
@@ -88,12 +55,7 @@ pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
 /// # Shapes
 /// `gate` and `up` have one shape, that of the result.
 pub fn gelu_tanh_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    kernels_first!(
-        (gate, up),
-        cpu::activate_times(Function::GeluTanh, gate, up),
-        gpu::activate_times(Function::GeluTanh, gate, up)
-    );
-    plain_gelu_tanh(gate) * up
+    activate_times(Function::GeluTanh, gate, up)
 }
 
 /// `x + gate * y`, the gated residual of diffusion transformers.
@@ -102,12 +64,31 @@ pub fn gelu_tanh_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
 pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, y: Tensor<3>) -> Tensor<3> {
-    kernels_first!(y, cpu::gated_residual(&x, &gate, y), gpu::gated_residual(&x, &gate, y));
-    plain_gated_residual(x, gate, y)
+    dispatch!(&[at(&x), at(&gate), at(&y)], gated_residual(x, gate, y))
 }
 
-fn plain_gated_residual(x: Tensor<3>, gate: Tensor<3>, y: Tensor<3>) -> Tensor<3> {
-    x + y * gate
+fn activate<const D: usize>(function: Function, x: Tensor<D>) -> Tensor<D> {
+    dispatch!(&[at(&x)], activate(function, x))
+}
+
+fn activate_times<const D: usize>(function: Function, x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    dispatch!(&[at(&x), at(&y)], activate_times(function, x, y))
+}
+
+/// The function of every value in burn's operations.
+pub(crate) fn plain<const D: usize>(function: Function, x: Tensor<D>) -> Tensor<D> {
+    match function {
+        Function::Silu => activation::silu(x),
+        Function::Gelu => activation::gelu(x),
+        Function::GeluTanh => {
+            // Written with one exponential: `0.5 (1 + tanh u) = 1 / (1 + exp(-2u))`.
+            const MINUS_TWO_SQRT_2_OVER_PI: f64 = -1.595_769_121_605_730_7;
+            let cube = x.clone() * x.clone() * x.clone();
+            let inner = (x.clone() + cube * 0.044715) * MINUS_TWO_SQRT_2_OVER_PI;
+            x / (inner.exp() + 1.0)
+        }
+        Function::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +102,8 @@ mod tests {
 
     // Expected values: torch.nn.functional.{silu,gelu} in float64 at the same points.
     const POINTS: [f32; 4] = [-3.0, -0.5, 0.75, 40.0];
+
+    const FUNCTIONS: [Function; 4] = [Function::Silu, Function::Gelu, Function::GeluTanh, Function::QuickGelu];
 
     #[test]
     fn silu_and_both_gelus_match_torch() {
@@ -138,10 +121,8 @@ mod tests {
 
     #[test]
     fn activations_match_the_plain_formulation() {
-        type Activation = fn(Tensor<3>) -> Tensor<3>;
-        let pairs: [(Activation, Activation); 4] =
-            [(silu, plain_silu), (gelu, plain_gelu), (gelu_tanh, plain_gelu_tanh), (quick_gelu, plain_quick_gelu)];
-        for (fast, plain) in pairs {
+        for function in FUNCTIONS {
+            let (fast, plain) = (|x: Tensor<3>| activate(function, x), |x: Tensor<3>| plain(function, x));
             for shape in [[1, 1, 1], [1, 3, 7], [2, 5, 17], [1, 13, 1280], [3, 50, 301]] {
                 let x = input(shape, 3) * 9.0;
                 assert_close_tensors(&fast(x.clone()), &plain(x.clone()), 2e-6);
@@ -159,14 +140,8 @@ mod tests {
         let points = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30, 100.0, -100.0, 0.0, -0.0, 1e-40];
         let x = Tensor::<1>::from_floats(points, &cpu());
         let values = |y: Tensor<1>| y.into_data().try_to_vec::<f32>().unwrap();
-        let pairs = [
-            (silu(x.clone()), plain_silu(x.clone())),
-            (gelu(x.clone()), plain_gelu(x.clone())),
-            (gelu_tanh(x.clone()), plain_gelu_tanh(x.clone())),
-            (quick_gelu(x.clone()), plain_quick_gelu(x)),
-        ];
-        for (fast, plain) in pairs {
-            let (fast, plain) = (values(fast), values(plain));
+        for function in FUNCTIONS {
+            let (fast, plain) = (values(activate(function, x.clone())), values(plain(function, x.clone())));
             for ((x, fast), plain) in points.iter().zip(fast).zip(plain) {
                 let same = fast.is_nan() && plain.is_nan() || fast == plain || (fast - plain).abs() < 1e-36;
                 assert!(same, "at {x}: {fast}, plain {plain}");
@@ -179,10 +154,18 @@ mod tests {
         for [batch, tokens, width] in [[1, 1, 1], [1, 1, 3584], [2, 7, 17], [3, 11, 80], [2, 9, 2100]] {
             let x = input([batch, tokens, width], 1);
             let y = input([batch, tokens + 2, width + 3], 2).narrow(1, 1, tokens).narrow(2, 2, width);
-            assert_close_tensors(&silu_mul(x.clone(), y.clone()), &(plain_silu(x.clone()) * y.clone()), 2e-6);
-            assert_close_tensors(&gelu_tanh_mul(y.clone(), x.clone()), &(plain_gelu_tanh(y.clone()) * x.clone()), 2e-6);
+            assert_close_tensors(
+                &silu_mul(x.clone(), y.clone()),
+                &(plain(Function::Silu, x.clone()) * y.clone()),
+                2e-6,
+            );
+            assert_close_tensors(
+                &gelu_tanh_mul(y.clone(), x.clone()),
+                &(plain(Function::GeluTanh, y.clone()) * x.clone()),
+                2e-6,
+            );
             let gate = input([batch, 1, 3 * width], 3).narrow(2, width, width);
-            let expected = plain_gated_residual(y.clone(), gate.clone(), x.clone());
+            let expected = y.clone() + x.clone() * gate.clone();
             assert_close_tensors(&gated_residual(y, gate, x), &expected, 2e-6);
         }
     }

@@ -1,6 +1,8 @@
 //! One step of AdamW: a parameter, its gradient and its moments -> the parameter and the moments after it.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
+
+use crate::place::{at, dispatch};
 
 /// Settings of AdamW, and which step it is.
 #[derive(Debug, Clone, Copy)]
@@ -60,21 +62,11 @@ pub fn adamw(
     moments: Option<[Tensor<1>; 2]>,
     step: &AdamWStep,
 ) -> (Tensor<1>, [Tensor<1>; 2]) {
-    let step = Factors::from(step);
-    let is_f32 = [&value, &gradient].into_iter().all(|tensor| tensor.dtype() == DType::F32);
-    #[cfg(feature = "cpu")]
-    if is_f32 && crate::cpu::adamw::on_cpu([&value, &gradient]) {
-        return crate::cpu::adamw::adamw(value, &gradient, moments, &step);
-    }
-    #[cfg(feature = "gpu")]
-    if is_f32 && crate::gpu::adamw::on_gpu([&value, &gradient]) {
-        return crate::gpu::adamw::adamw(value, &gradient, moments, &step);
-    }
-    let _ = is_f32;
-    plain(value, gradient, moments, &step)
+    dispatch!(&[at(&value), at(&gradient)], adamw(value, gradient, moments, &Factors::from(step)))
 }
 
-fn plain(
+/// [`adamw`] in burn's operations.
+pub(crate) fn plain(
     value: Tensor<1>,
     gradient: Tensor<1>,
     moments: Option<[Tensor<1>; 2]>,

@@ -2,7 +2,11 @@
 
 use burn::tensor::{Bool, DType, Tensor, activation::softmax, module, ops::AttentionModuleOptions};
 
-use crate::index::{EXCLUDED_SCORE, index_tensor};
+use crate::{
+    index::{EXCLUDED_SCORE, index_tensor},
+    ops::Ops,
+    place::{at, dispatch},
+};
 
 /// Which keys a query may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,56 +44,32 @@ pub struct Attention<'a> {
 /// # Panics
 /// If `kv_heads` does not divide `heads`, or the segments do not cover the tokens.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
-    #[cfg(feature = "cpu")]
-    if let Some(mixed) = crate::cpu::attention(&q, &k, &v, &options) {
-        return mixed;
-    }
-    #[cfg(feature = "gpu")]
-    if let (None, Visibility::All | Visibility::Causal) = (&options.bias, options.visibility) {
-        let scale = options.scale.unwrap_or(1.0 / (q.dims()[3] as f64).sqrt());
-        let causal = options.visibility == Visibility::Causal;
-        if let Some(mixed) = crate::gpu::row_attention(&q, &k, &v, scale, causal) {
-            return mixed;
-        }
-    }
-    plain(q, k, v, options)
+    let places: Vec<_> = [&q, &k, &v].into_iter().chain(&options.bias).map(at).collect();
+    dispatch!(&places, attention(q, k, v, &options))
 }
 
-/// [`attention`] by a kernel for GPUs or burn's own, on repeated heads.
-pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention<'_>) -> Tensor<3> {
-    let [batch, queries, heads, head_dim] = q.dims();
-    let [_, _, kv_heads, _] = k.dims();
+/// [`attention`] by [`Ops::attend`]: of all segments of one length at once.
+pub(crate) fn in_heads<O: Ops + ?Sized>(qkv: [Tensor<4>; 3], options: &Attention<'_>) -> Tensor<3> {
+    let [batch, queries, heads, head_dim] = qkv[0].dims();
+    let [_, _, kv_heads, _] = qkv[1].dims();
     assert!(heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
-    let [q, k, v] = [q, k, v].map(|x| x.swap_dims(1, 2));
-    let run = |q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, is_causal: bool| {
-        #[cfg(feature = "gpu")]
-        {
-            let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-            if let Some(mixed) = crate::gpu::attention(&q, &k, &v, options.bias.as_ref(), scale, is_causal) {
-                return mixed;
-            }
-        }
-        let [k, v] = [k, v].map(|x| repeat_heads(x, heads));
-        if q.dtype() != DType::F32 {
-            return with_softmax_in_f32([q, k, v], &options, is_causal);
-        }
-        let module_options = AttentionModuleOptions { scale: options.scale, softcap: None, is_causal };
-        module::attention(q, k, v, None, options.bias.clone(), module_options)
-    };
+    let qkv = qkv.map(|x| x.swap_dims(1, 2));
+    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+    let attend = |qkv: [Tensor<4>; 3], causal| O::attend(qkv, options.bias.clone(), scale, causal);
     let mixed = match options.visibility {
-        Visibility::All => run(q, k, v, false),
-        Visibility::Causal => run(q, k, v, queries > 1),
+        Visibility::All => attend(qkv, false),
+        Visibility::Causal => attend(qkv, queries > 1),
         Visibility::Segments(bounds) => {
             assert_eq!((bounds.first(), bounds.last()), (Some(&0), Some(&queries)), "segments must cover the tokens");
             let plan = SegmentPlan::new(bounds);
-            let device = q.device();
+            let device = qkv[0].device();
             let order = |indices: &[usize]| index_tensor(indices.iter().copied(), [queries], &device);
             let sorted = |x: Tensor<4>| if plan.is_sorted { x } else { x.select(2, order(&plan.order)) };
-            let [q, k, v] = [q, k, v].map(sorted);
+            let qkv = qkv.map(sorted);
             let mut start = 0;
             let groups = plan.groups.iter().map(|&(count, length)| {
                 let part = |x: &Tensor<4>| segments_as_batch(x.clone().narrow(2, start, count * length), count);
-                let mixed = run(part(&q), part(&k), part(&v), false);
+                let mixed = attend(qkv.each_ref().map(part), false);
                 start += count * length;
                 mixed.reshape([batch, count, heads, length, head_dim]).swap_dims(1, 2).reshape([
                     batch,
@@ -105,16 +85,26 @@ pub(crate) fn plain(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: Attention
     mixed.swap_dims(1, 2).reshape([batch, queries, heads * head_dim])
 }
 
-/// Attention of heads with their own keys: burn's has the softmax in the dtype of the queries.
-fn with_softmax_in_f32([q, k, v]: [Tensor<4>; 3], options: &Attention<'_>, is_causal: bool) -> Tensor<4> {
-    let ([batch, heads, queries, head_dim], keys, dtype) = (q.dims(), k.dims()[2], q.dtype());
-    let device = q.device();
-    let scale = options.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-    let mut scores = q.matmul(k.swap_dims(2, 3)).cast(DType::F32) * scale;
-    if let Some(bias) = &options.bias {
-        scores = scores + bias.clone().cast(DType::F32);
+/// [`Ops::attend`] in burn's operations, on repeated heads.
+pub(crate) fn plain([q, k, v]: [Tensor<4>; 3], bias: Option<Tensor<4>>, scale: f64, causal: bool) -> Tensor<4> {
+    let heads = q.dims()[1];
+    let [k, v] = [k, v].map(|x| repeat_heads(x, heads));
+    if ![DType::F32, DType::F64].contains(&q.dtype()) {
+        return with_softmax_in_f32([q, k, v], bias, scale, causal);
     }
-    if is_causal {
+    let options = AttentionModuleOptions { scale: Some(scale), softcap: None, is_causal: causal };
+    module::attention(q, k, v, None, bias, options)
+}
+
+/// Attention of heads with their own keys: burn's has the softmax in the dtype of the queries.
+fn with_softmax_in_f32([q, k, v]: [Tensor<4>; 3], bias: Option<Tensor<4>>, scale: f64, causal: bool) -> Tensor<4> {
+    let ([batch, heads, queries, _], keys, dtype) = (q.dims(), k.dims()[2], q.dtype());
+    let device = q.device();
+    let mut scores = q.matmul(k.swap_dims(2, 3)).cast(DType::F32) * scale;
+    if let Some(bias) = bias {
+        scores = scores + bias.cast(DType::F32);
+    }
+    if causal {
         let past = keys.cast_signed() - queries.cast_signed();
         let hidden = Tensor::<2, Bool>::tril_mask([queries, keys], past as i64, &device);
         scores = scores.mask_fill(hidden.unsqueeze::<4>().expand([batch, heads, queries, keys]), EXCLUDED_SCORE);
@@ -172,7 +162,10 @@ pub(crate) mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
-    use crate::testing::{assert_close, device, input};
+    use crate::{
+        ops::Plain,
+        testing::{assert_close, device, input},
+    };
 
     /// Attention written out with loops in f64: `visible(query, key)`, `bias(head, query, key)`.
     pub(crate) fn naive(
@@ -205,11 +198,11 @@ pub(crate) mod tests {
         values
     }
 
-    /// Compares [`attention`], which may be a kernel, and [`plain`].
-    fn check([q, k, v]: [Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
-        for mix in [attention, plain] {
-            assert_close(&mix(q.clone(), k.clone(), v.clone(), options.clone()), expected, 1e-5);
-        }
+    /// Compares [`attention`], which may be a kernel, and the plain formulation.
+    fn check(qkv: [Tensor<4>; 3], options: &Attention<'_>, expected: &[f32]) {
+        let [q, k, v] = qkv.clone();
+        assert_close(&attention(q, k, v, options.clone()), expected, 1e-5);
+        assert_close(&in_heads::<Plain>(qkv, options), expected, 1e-5);
     }
 
     fn qkv(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize) -> [Tensor<4>; 3] {
@@ -234,7 +227,7 @@ pub(crate) mod tests {
             let bias_at = |head, query, key| f64::from(of_bias[(head * 5 + query) * 70 + key]);
             let expected = naive(wide.each_ref(), sees, bias_at, 0.5);
             let options = Attention { visibility, bias: Some(bias.clone()), scale: Some(0.5) };
-            let mixed = plain(q.clone(), k.clone(), v.clone(), options);
+            let mixed = in_heads::<Plain>([q.clone(), k.clone(), v.clone()], &options);
             assert_eq!(mixed.dtype(), dtype);
             assert_close(&mixed.cast(DType::F32), &expected, 1e-2);
         }

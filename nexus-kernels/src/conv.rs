@@ -6,7 +6,10 @@ use burn::tensor::{
     ops::{ConvOptions, InterpolateMode, InterpolateOptions},
 };
 
-use crate::cast_like;
+use crate::{
+    cast_like,
+    place::{at, dispatch},
+};
 
 /// A square convolution with bias.
 #[derive(Debug, Clone)]
@@ -30,21 +33,12 @@ pub struct Filter {
 /// # Panics
 /// If the shapes do not belong together.
 pub fn conv2d(x: Tensor<4>, filter: &Filter) -> Tensor<4> {
-    #[cfg(feature = "cpu")]
-    if let Some(y) = crate::cpu::conv2d(&x, filter) {
-        return y;
-    }
-    plain(x, filter)
+    dispatch!(&[at(&x), at(&filter.weight), at(&filter.bias)], conv2d(x, filter))
 }
 
-/// [`conv2d`] by a kernel for GPUs or burn's own.
+/// [`conv2d`] in burn's operations.
 pub(crate) fn plain(x: Tensor<4>, filter: &Filter) -> Tensor<4> {
-    let weight = cast_like(filter.weight.clone(), &x);
-    let bias = cast_like(filter.bias.clone(), &x);
-    #[cfg(feature = "gpu")]
-    if let Some(y) = crate::gpu::conv2d(&x, &weight, &bias, filter.stride, filter.padding) {
-        return y;
-    }
+    let (weight, bias) = (cast_like(filter.weight.clone(), &x), cast_like(filter.bias.clone(), &x));
     let options = ConvOptions { stride: [filter.stride; 2], padding: [filter.padding; 2], dilation: [1; 2], groups: 1 };
     burn::tensor::module::conv2d(x, weight, Some(bias), options)
 }
@@ -60,11 +54,7 @@ pub fn upsample_nearest_2x(x: Tensor<4>) -> Tensor<4> {
 /// - `x`: `[batch, in, height, width]`
 /// - returns: that of the convolution of `[batch, in, 2 * height, 2 * width]`
 pub fn upsample_conv2d(x: Tensor<4>, filter: &Filter) -> Tensor<4> {
-    #[cfg(feature = "cpu")]
-    if let Some(y) = crate::cpu::upsample_conv2d(&x, filter) {
-        return y;
-    }
-    conv2d(upsample_nearest_2x(x), filter)
+    dispatch!(&[at(&x), at(&filter.weight), at(&filter.bias)], upsample_conv2d(x, filter))
 }
 
 #[cfg(test)]

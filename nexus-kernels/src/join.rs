@@ -2,6 +2,8 @@
 
 use burn::tensor::Tensor;
 
+use crate::place::{at, dispatch};
+
 /// Tensors one behind the other along a dimension.
 ///
 /// As [`Tensor::cat`], by all threads on a CPU.
@@ -9,11 +11,8 @@ use burn::tensor::Tensor;
 /// # Panics
 /// If there are none, or they differ in another dimension.
 pub fn cat<const D: usize>(tensors: Vec<Tensor<D>>, dim: usize) -> Tensor<D> {
-    #[cfg(feature = "cpu")]
-    if let Some(joined) = crate::cpu::cat(&tensors, dim) {
-        return joined;
-    }
-    Tensor::cat(tensors, dim)
+    let places: Vec<_> = tensors.iter().map(at).collect();
+    dispatch!(&places, cat(tensors, dim))
 }
 
 /// All parts of a tensor along a dimension, as views.
@@ -25,14 +24,11 @@ pub fn cat<const D: usize>(tensors: Vec<Tensor<D>>, dim: usize) -> Tensor<D> {
 /// If a size is zero, or they are not those of the tensor together.
 pub fn split<const D: usize, const N: usize>(x: Tensor<D>, dim: usize, sizes: [usize; N]) -> [Tensor<D>; N] {
     assert_eq!(sizes.iter().sum::<usize>(), x.dims()[dim], "sizes of the parts of a tensor");
-    #[cfg(all(feature = "cpu", feature = "autodiff"))]
-    if let Some(parts) = crate::cpu::split(&x, dim, sizes) {
-        return parts;
-    }
-    #[cfg(all(feature = "gpu", feature = "autodiff"))]
-    if let Some(parts) = crate::gpu::split(&x, dim, sizes) {
-        return parts;
-    }
+    dispatch!(&[at(&x)], split(x, dim, sizes))
+}
+
+/// Views of all parts of a tensor.
+pub(crate) fn views<const D: usize, const N: usize>(x: &Tensor<D>, dim: usize, sizes: [usize; N]) -> [Tensor<D>; N] {
     let mut end = 0;
     sizes.map(|size| {
         end += size;

@@ -6,43 +6,31 @@
 //!
 //! Nothing here knows a model or a file.
 
-/// Returns what the kernels for CPUs or GPUs make of a tensor; where they do not know it, they give it back.
-macro_rules! kernels_first {
-    ($back:pat, $cpu:expr, $gpu:expr) => {
-        #[cfg(feature = "cpu")]
-        let $back = match $cpu {
-            Ok(y) => return y,
-            Err(back) => back,
-        };
-        #[cfg(feature = "gpu")]
-        let $back = match $gpu {
-            Ok(y) => return y,
-            Err(back) => back,
-        };
-    };
-}
-
 mod activation;
 mod adamw;
 mod attention;
+#[cfg(all(feature = "autodiff", any(feature = "cpu", feature = "gpu")))]
+mod backward;
 mod conv;
 #[cfg(feature = "cpu")]
 mod cpu;
+#[cfg(any(feature = "cpu", feature = "gpu"))]
+mod fast;
 #[cfg(feature = "gpu")]
 mod gpu;
 #[cfg(all(feature = "autodiff", any(feature = "cpu", feature = "gpu")))]
-mod graph;
+mod grad;
 mod index;
 mod join;
 mod linear;
 mod memory;
 mod norm;
+mod ops;
+mod place;
 mod rotary;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-#[cfg(any(feature = "cpu", feature = "gpu"))]
-pub(crate) use activation::Function;
 pub use activation::{gated_residual, gelu, gelu_tanh, gelu_tanh_mul, quick_gelu, relu, silu, silu_mul};
 pub use adamw::{AdamWStep, adamw};
 pub use attention::{Attention, Visibility, attention};
@@ -51,9 +39,8 @@ pub use index::{index_tensor, without_scores};
 pub use join::{cat, split};
 pub use linear::{linear, matmul};
 pub use memory::{DeviceMemory, device_memory};
+pub(crate) use norm::Norm;
 pub use norm::{GroupNormOptions, affine_layer_norm, group_norm, layer_norm, modulate, rms_norm};
-#[cfg(any(feature = "cpu", feature = "gpu"))]
-pub(crate) use rotary::Pairs;
 pub use rotary::{RotaryTable, rotate_half, rotate_interleaved};
 
 use burn::tensor::Tensor;

@@ -2,7 +2,10 @@
 
 use burn::tensor::{DType, Tensor, module};
 
-use crate::cast_like;
+use crate::{
+    cast_like,
+    place::{at, dispatch},
+};
 
 /// `x Wᵀ + b` in the dtype of `x`.
 ///
@@ -15,18 +18,13 @@ use crate::cast_like;
 /// # Panics
 /// If the shapes do not belong together.
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
-    let weight = dequantized(weight);
-    #[cfg(feature = "cpu")]
-    if let Some(y) = crate::cpu::linear(&x, &weight, bias.as_ref()) {
-        return y;
-    }
-    let weight = cast_like(weight, &x);
-    let bias = bias.map(|bias| cast_like(bias, &x));
-    #[cfg(feature = "gpu")]
-    if let Some(y) = crate::gpu::linear(&x, &weight, bias.as_ref()) {
-        return y;
-    }
-    module::linear(x, weight.transpose(), bias)
+    assert_eq!(x.dims()[D - 1], weight.dims()[1], "width of the input of a linear layer");
+    let weight = match weight.dtype() {
+        DType::QFloat(_) => weight.dequantize(),
+        _ => weight,
+    };
+    let places: Vec<_> = [at(&x), at(&weight)].into_iter().chain(bias.as_ref().map(at)).collect();
+    dispatch!(&places, linear(x, weight, bias))
 }
 
 /// The product of two matrices of one dtype, or of batches of them.
@@ -34,19 +32,13 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
 /// # Shapes
 /// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`
 pub fn matmul<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "gpu")]
-    if let Some(y) = crate::gpu::matmul(&left, &right) {
-        return y;
-    }
-    left.matmul(right)
+    dispatch!(&[at(&left), at(&right)], matmul(left, right))
 }
 
-/// A weight in floats, whether it was quantised or not.
-fn dequantized<const D: usize>(weight: Tensor<D>) -> Tensor<D> {
-    match weight.dtype() {
-        DType::QFloat(_) => weight.dequantize(),
-        _ => weight,
-    }
+/// [`linear`] in burn's operations.
+pub(crate) fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let (weight, bias) = (cast_like(weight, &x), bias.map(|bias| cast_like(bias, &x)));
+    module::linear(x, weight.transpose(), bias)
 }
 
 #[cfg(test)]

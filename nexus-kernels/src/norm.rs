@@ -2,14 +2,22 @@
 
 use burn::tensor::{DType, Tensor};
 
-#[cfg(feature = "cpu")]
-use crate::cpu;
-#[cfg(feature = "gpu")]
-use crate::gpu::{self, Norm};
-use crate::{cast_like, silu};
+use crate::{
+    activation, cast_like,
+    place::{at, dispatch},
+};
 
-fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
+/// What happens along a row.
+#[derive(Debug, Clone)]
+pub(crate) enum Norm {
+    /// By the root of the mean square, then weight.
+    Rms { weight: Tensor<1> },
+    /// By mean and variance.
+    Layer,
+    /// By mean and variance, then weight and bias.
+    Affine { weight: Tensor<1>, bias: Tensor<1> },
+    /// By mean and variance, then `* (1 + scale) + shift`, each `[batch, 1, width]`.
+    Modulated { scale: Tensor<3>, shift: Tensor<3> },
 }
 
 /// Root-mean-square normalisation over the last dimension: `weight * (x * rsqrt(mean x² + epsilon))`.
@@ -22,33 +30,12 @@ fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `Qwen2RMSNorm`).
 /// Differs: kernels round once, after the weight; the original, and burn's operations here, round the normalised value too.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
-    kernels_first!(x, cpu::rms_norm(x, &weight, epsilon), gpu::normalize(x, Norm::Rms { weight: &weight }, epsilon));
-    plain_rms_norm(x, weight, epsilon)
-}
-
-fn plain_rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
-    let weight = cast_like(weight, &x).unsqueeze();
-    let dtype = x.dtype();
-    let x = in_f32(x);
-    let inverse = (x.clone().square().mean_dim(D - 1) + epsilon).sqrt().recip();
-    let normed = x * inverse;
-    let normed = if dtype == DType::F32 { normed } else { normed.cast(dtype) };
-    normed * weight
+    dispatch!(&[at(&x), at(&weight)], normalize(x, Norm::Rms { weight }, epsilon))
 }
 
 /// `(x - mean) / sqrt(variance + epsilon)` over the last dimension, without weights, in the dtype of `x`.
 pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
-    kernels_first!(x, cpu::layer_norm(x, epsilon), gpu::normalize(x, Norm::Layer, epsilon));
-    plain_layer_norm(x, epsilon)
-}
-
-fn plain_layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
-    let dtype = x.dtype();
-    let x = in_f32(x);
-    let centred = x.clone() - x.mean_dim(D - 1);
-    let inverse = (centred.clone().square().mean_dim(D - 1) + epsilon).sqrt().recip();
-    let normed = centred * inverse;
-    if dtype == DType::F32 { normed } else { normed.cast(dtype) }
+    dispatch!(&[at(&x)], normalize(x, Norm::Layer, epsilon))
 }
 
 /// Adaptive layer norm: `layer_norm(x) * (1 + scale) + shift`.
@@ -57,16 +44,7 @@ fn plain_layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
 /// - `x`: `[batch, tokens, width]`
 /// - `shift`, `scale`: `[batch, 1, width]`
 pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    kernels_first!(
-        x,
-        cpu::modulated_layer_norm(x, &shift, &scale, epsilon),
-        gpu::normalize(x, Norm::Modulated { scale: &scale, shift: &shift }, epsilon)
-    );
-    plain_modulate(x, shift, scale, epsilon)
-}
-
-fn plain_modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    plain_layer_norm(x, epsilon) * (scale + 1.0) + shift
+    dispatch!(&[at(&x), at(&shift), at(&scale)], normalize(x, Norm::Modulated { scale, shift }, epsilon))
 }
 
 /// `layer_norm(x) * weight + bias`.
@@ -76,26 +54,45 @@ fn plain_modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64
 /// - `weight`, `bias`: `[width]`
 /// - returns: as `x`
 pub fn affine_layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, bias: Tensor<1>, epsilon: f64) -> Tensor<D> {
-    kernels_first!(
-        x,
-        cpu::affine_layer_norm(x, &weight, &bias, epsilon),
-        gpu::normalize(x, Norm::Affine { weight: &weight, bias: &bias }, epsilon)
-    );
-    plain_affine_layer_norm(x, weight, bias, epsilon)
+    dispatch!(&[at(&x), at(&weight), at(&bias)], normalize(x, Norm::Affine { weight, bias }, epsilon))
 }
 
-fn plain_affine_layer_norm<const D: usize>(
-    x: Tensor<D>,
-    weight: Tensor<1>,
-    bias: Tensor<1>,
-    epsilon: f64,
-) -> Tensor<D> {
+/// A norm of rows in burn's operations.
+pub(crate) fn plain<const D: usize>(x: Tensor<D>, norm: Norm, epsilon: f64) -> Tensor<D> {
     let dtype = x.dtype();
-    let x = in_f32(x);
-    let weight = cast_like(weight, &x).unsqueeze();
-    let bias = cast_like(bias, &x).unsqueeze();
-    let normed = plain_layer_norm(x, epsilon) * weight + bias;
-    if dtype == DType::F32 { normed } else { normed.cast(dtype) }
+    match norm {
+        Norm::Rms { weight } => {
+            let weight = cast_like(weight, &x).unsqueeze();
+            let x = to_f32(x);
+            let inverse = (x.clone().square().mean_dim(D - 1) + epsilon).sqrt().recip();
+            in_dtype(x * inverse, dtype) * weight
+        }
+        Norm::Layer => in_dtype(centred(to_f32(x), epsilon), dtype),
+        Norm::Affine { weight, bias } => {
+            let normed = centred(to_f32(x), epsilon);
+            let (weight, bias) = (cast_like(weight, &normed).unsqueeze(), cast_like(bias, &normed).unsqueeze());
+            in_dtype(normed * weight + bias, dtype)
+        }
+        Norm::Modulated { scale, shift } => {
+            in_dtype(centred(to_f32(x), epsilon), dtype) * (scale + 1.0).unsqueeze() + shift.unsqueeze()
+        }
+    }
+}
+
+/// `(x - mean) / sqrt(variance + epsilon)` over the last dimension.
+fn centred<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
+    let centred = x.clone() - x.mean_dim(D - 1);
+    let inverse = (centred.clone().square().mean_dim(D - 1) + epsilon).sqrt().recip();
+    centred * inverse
+}
+
+/// In f32, or in f64 as it is.
+fn to_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    in_dtype(x.clone(), if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 })
+}
+
+fn in_dtype<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
 }
 
 /// What [`group_norm`] does to pictures.
@@ -118,25 +115,20 @@ pub struct GroupNormOptions {
 /// # Shapes
 /// `[batch, channels, height, width]` to the same.
 pub fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Tensor<4> {
-    let GroupNormOptions { weight, bias, num_groups, epsilon, silu: then_silu } = options;
-    kernels_first!(
-        x,
-        cpu::group_norm(x, options),
-        gpu::group_norm(x, [weight, bias], *num_groups, *epsilon, *then_silu)
-    );
-    let normed = plain_group_norm(x, [weight, bias].map(Tensor::clone), *num_groups, *epsilon);
-    if *then_silu { silu(normed) } else { normed }
+    dispatch!(&[at(&x), at(&options.weight), at(&options.bias)], group_norm(x, options))
 }
 
-fn plain_group_norm(x: Tensor<4>, [weight, bias]: [Tensor<1>; 2], num_groups: usize, epsilon: f64) -> Tensor<4> {
+/// [`group_norm`] in burn's operations.
+pub(crate) fn plain_groups(x: Tensor<4>, options: &GroupNormOptions) -> Tensor<4> {
+    let GroupNormOptions { weight, bias, num_groups, epsilon, silu } = options.clone();
     let [batch, channels, height, width] = x.dims();
     let dtype = x.dtype();
-    let grouped = in_f32(x).reshape([batch, num_groups, channels / num_groups * height * width]);
-    let normed = plain_layer_norm(grouped, epsilon).reshape([batch, channels, height, width]);
+    let grouped = to_f32(x).reshape([batch, num_groups, channels / num_groups * height * width]);
+    let normed = centred(grouped, epsilon).reshape([batch, channels, height, width]);
     let weight = cast_like(weight, &normed).reshape([1, channels, 1, 1]);
     let bias = cast_like(bias, &normed).reshape([1, channels, 1, 1]);
-    let normed = normed * weight + bias;
-    if dtype == DType::F32 { normed } else { normed.cast(dtype) }
+    let normed = in_dtype(normed * weight + bias, dtype);
+    if silu { activation::plain(activation::Function::Silu, normed) } else { normed }
 }
 
 #[cfg(test)]
@@ -154,11 +146,6 @@ mod tests {
     fn even_groups(num_groups: usize, channels: usize, epsilon: f64) -> GroupNormOptions {
         let bias = Tensor::zeros([channels], &cpu());
         GroupNormOptions { weight: ones(channels, &cpu()), bias, num_groups, epsilon, silu: false }
-    }
-
-    fn plain_groups(x: Tensor<4>, options: &GroupNormOptions) -> Tensor<4> {
-        let GroupNormOptions { weight, bias, num_groups, epsilon, .. } = options.clone();
-        plain_group_norm(x, [weight, bias], num_groups, epsilon)
     }
 
     #[test]
@@ -211,13 +198,13 @@ mod tests {
             let vectors = input([batch, 1, 3 * width], 8);
             let (shift, scale) = (vectors.clone().narrow(2, 0, width), vectors.narrow(2, width, width));
             for x in inputs(batch, tokens, width) {
-                let expected = plain_rms_norm(x.clone(), rms.clone(), 1e-6);
+                let expected = plain(x.clone(), Norm::Rms { weight: rms.clone() }, 1e-6);
                 assert_close_tensors(&rms_norm(x.clone(), rms.clone(), 1e-6), &expected, 2e-6);
                 let [weight, bias] = &affine;
-                let expected = plain_affine_layer_norm(x.clone(), weight(), bias(), 1e-6);
+                let expected = plain(x.clone(), Norm::Affine { weight: weight(), bias: bias() }, 1e-6);
                 assert_close_tensors(&affine_layer_norm(x.clone(), weight(), bias(), 1e-6), &expected, 2e-6);
-                assert_close_tensors(&layer_norm(x.clone(), 1e-6), &plain_layer_norm(x.clone(), 1e-6), 2e-6);
-                let expected = plain_modulate(x.clone(), shift.clone(), scale.clone(), 1e-6);
+                assert_close_tensors(&layer_norm(x.clone(), 1e-6), &plain(x.clone(), Norm::Layer, 1e-6), 2e-6);
+                let expected = plain(x.clone(), Norm::Modulated { scale: scale.clone(), shift: shift.clone() }, 1e-6);
                 assert_close_tensors(&modulate(x, shift.clone(), scale.clone(), 1e-6), &expected, 2e-6);
             }
         }
@@ -228,7 +215,7 @@ mod tests {
         let q = input([2, 9, 3 * 5, 16], 1).narrow(2, 5, 5);
         let weight: Tensor<1> = input([16], 2);
         let normed = rms_norm(q.clone(), weight.clone(), 1e-6);
-        assert_close_tensors(&normed, &plain_rms_norm(q, weight, 1e-6), 2e-6);
+        assert_close_tensors(&normed, &plain(q, Norm::Rms { weight }, 1e-6), 2e-6);
     }
 
     #[test]
@@ -244,7 +231,7 @@ mod tests {
                 for x in [input([batch, channels, height, width], 3) * 5.0 - 2.0, permuted] {
                     let expected = plain_groups(x.clone(), &norm);
                     assert_close_tensors(&group_norm(x.clone(), &norm), &expected, 2e-6);
-                    assert_close_tensors(&group_norm(x, &norm_silu), &silu(expected), 2e-6);
+                    assert_close_tensors(&group_norm(x, &norm_silu), &crate::silu(expected), 2e-6);
                 }
             }
         }
@@ -262,11 +249,10 @@ mod tests {
             let mut values = ramp([160], 1).into_data().try_to_vec::<f32>().unwrap();
             values[33] = odd;
             let x = Tensor::<1>::from_floats(values.as_slice(), &cpu()).reshape([2, 4, 1, 20]);
-            let [fast, plain] = [rms_norm, plain_rms_norm].map(|norm| kinds(norm(x.clone(), weight(), 1e-6)));
-            assert_eq!(fast, plain, "rms {odd}");
-            let [fast, plain] =
-                [affine_layer_norm, plain_affine_layer_norm].map(|norm| kinds(norm(x.clone(), weight(), bias(), 1e-6)));
-            assert_eq!(fast, plain, "layer {odd}");
+            let expected = plain(x.clone(), Norm::Rms { weight: weight() }, 1e-6);
+            assert_eq!(kinds(rms_norm(x.clone(), weight(), 1e-6)), kinds(expected), "rms {odd}");
+            let expected = plain(x.clone(), Norm::Affine { weight: weight(), bias: bias() }, 1e-6);
+            assert_eq!(kinds(affine_layer_norm(x.clone(), weight(), bias(), 1e-6)), kinds(expected), "layer {odd}");
             assert_eq!(kinds(group_norm(x.clone(), &groups)), kinds(plain_groups(x, &groups)), "group {odd}");
         }
     }

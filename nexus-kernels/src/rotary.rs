@@ -2,13 +2,9 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-#[cfg(feature = "cpu")]
-use crate::cpu;
-#[cfg(feature = "gpu")]
-use crate::gpu;
+use crate::place::{at, dispatch};
 
 /// Which two features of a head are rotated together.
-#[cfg(any(feature = "cpu", feature = "gpu"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Pairs {
     /// Those half a head apart.
@@ -73,24 +69,7 @@ impl RotaryTable {
 ///
 /// Source: Qwen2.5-VL (modeling_qwen2_5_vl.py, `rotate_half`).
 pub fn rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
-    kernels_first!(
-        x,
-        cpu::rotate(x, &table.cos, &table.sin, Pairs::Halves),
-        gpu::rotate(x, &table.cos, &table.sin, Pairs::Halves)
-    );
-    plain_rotate_half(x, table)
-}
-
-pub(crate) fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
-    let [_, _, _, head_dim] = x.dims();
-    let dtype = x.dtype();
-    let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
-    let (cos, sin) = (table.cos.clone().unsqueeze_dim::<4>(2), table.sin.clone().unsqueeze_dim::<4>(2));
-    let first = x.clone().narrow(3, 0, head_dim / 2);
-    let second = x.narrow(3, head_dim / 2, head_dim / 2);
-    let rotated =
-        Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 3);
-    if rotated.dtype() == dtype { rotated } else { rotated.cast(dtype) }
+    rotate(x, table, Pairs::Halves)
 }
 
 /// Rotates neighbouring pairs of features, in the dtype of the table.
@@ -101,25 +80,35 @@ pub(crate) fn plain_rotate_half(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> 
 ///
 /// Source: FLUX (math.py, `apply_rope`).
 pub fn rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
-    kernels_first!(
-        x,
-        cpu::rotate(x, &table.cos, &table.sin, Pairs::Neighbours),
-        gpu::rotate(x, &table.cos, &table.sin, Pairs::Neighbours)
-    );
-    plain_rotate_interleaved(x, table)
+    rotate(x, table, Pairs::Neighbours)
 }
 
-pub(crate) fn plain_rotate_interleaved(x: Tensor<4>, table: &RotaryTable) -> Tensor<4> {
+fn rotate(x: Tensor<4>, table: &RotaryTable, pairs: Pairs) -> Tensor<4> {
+    dispatch!(&[at(&x), at(&table.cos), at(&table.sin)], rotate(x, table, pairs))
+}
+
+/// Rotates in burn's operations.
+pub(crate) fn plain(x: Tensor<4>, table: &RotaryTable, pairs: Pairs) -> Tensor<4> {
     let [batch, tokens, heads, head_dim] = x.dims();
     let dtype = x.dtype();
     let x = if dtype == table.cos.dtype() { x } else { x.cast(table.cos.dtype()) };
-    let pairs = x.reshape([batch, tokens, heads, head_dim / 2, 2]);
-    let even = pairs.clone().narrow(4, 0, 1).squeeze_dim::<4>(4);
-    let odd = pairs.narrow(4, 1, 1).squeeze_dim::<4>(4);
     let (cos, sin) = (table.cos.clone().unsqueeze_dim::<4>(2), table.sin.clone().unsqueeze_dim::<4>(2));
-    let rotated: Tensor<5> =
-        Tensor::stack(vec![even.clone() * cos.clone() - odd.clone() * sin.clone(), even * sin + odd * cos], 4);
-    let rotated = rotated.reshape([batch, tokens, heads, head_dim]);
+    let rotated = match pairs {
+        Pairs::Halves => {
+            let first = x.clone().narrow(3, 0, head_dim / 2);
+            let second = x.narrow(3, head_dim / 2, head_dim / 2);
+            let rotated = first.clone() * cos.clone() - second.clone() * sin.clone();
+            Tensor::cat(vec![rotated, second * cos + first * sin], 3)
+        }
+        Pairs::Neighbours => {
+            let x = x.reshape([batch, tokens, heads, head_dim / 2, 2]);
+            let even = x.clone().narrow(4, 0, 1).squeeze_dim::<4>(4);
+            let odd = x.narrow(4, 1, 1).squeeze_dim::<4>(4);
+            let rotated = even.clone() * cos.clone() - odd.clone() * sin.clone();
+            let rotated: Tensor<5> = Tensor::stack(vec![rotated, even * sin + odd * cos], 4);
+            rotated.reshape([batch, tokens, heads, head_dim])
+        }
+    };
     if rotated.dtype() == dtype { rotated } else { rotated.cast(dtype) }
 }
 
@@ -150,8 +139,8 @@ mod tests {
             let heads_first = input([batch, heads, tokens, 2 * pairs], 3).swap_dims(1, 2);
             let widths_first = input([2 * pairs, tokens, heads, batch], 4).swap_dims(0, 3);
             for x in [joined.narrow(2, heads, heads), heads_first, widths_first] {
-                assert_close_tensors(&rotate_half(x.clone(), &table), &plain_rotate_half(x.clone(), &table), 1e-6);
-                let expected = plain_rotate_interleaved(x.clone(), &table);
+                assert_close_tensors(&rotate_half(x.clone(), &table), &plain(x.clone(), &table, Pairs::Halves), 1e-6);
+                let expected = plain(x.clone(), &table, Pairs::Neighbours);
                 assert_close_tensors(&rotate_interleaved(x, &table), &expected, 1e-6);
             }
         }
@@ -163,6 +152,6 @@ mod tests {
         let table = RotaryTable::from_f64(&[std::f64::consts::FRAC_PI_2, 0.0], 1, 2, &cpu()).cast(DType::BF16);
         let y = rotate_half(x.clone(), &table);
         assert_eq!(y.dtype(), DType::F32);
-        assert_close_tensors(&y, &plain_rotate_half(x, &table), 0.0);
+        assert_close_tensors(&y, &plain(x, &table, Pairs::Halves), 0.0);
     }
 }

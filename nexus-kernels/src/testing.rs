@@ -5,8 +5,11 @@ use std::{env::VarError, sync::OnceLock};
 
 use burn::tensor::{DType, Device, DeviceType, Tensor, TensorData};
 
+#[cfg(any(feature = "cpu", feature = "gpu"))]
+pub use crate::fast::taken_by_kernels;
+
 #[cfg(feature = "cpu")]
-pub use crate::cpu::{Level as CpuLevel, limit_cpu};
+pub use crate::cpu::{Instructions as CpuLevel, limit_cpu};
 
 /// The CPU device of the test build, which compiles in exactly one CPU backend.
 pub fn cpu() -> Device {
@@ -117,6 +120,12 @@ pub fn relative_drift(actual: &[f32], expected: &[f32]) -> f32 {
         worst = worst.max(difference);
     }
     worst / largest
+}
+
+/// A [`relative_drift`], or relative to one twentieth where all values are rounding.
+pub fn scaled_drift(actual: &[f32], expected: &[f32]) -> f32 {
+    let largest = expected.iter().fold(1e-30f32, |largest, value| largest.max(value.abs()));
+    relative_drift(actual, expected) * (largest / largest.max(0.05))
 }
 
 /// Asserts that the drift is at most the [`tolerance`].

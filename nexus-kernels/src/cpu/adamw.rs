@@ -2,10 +2,7 @@
 //!
 //! The arithmetic of a value is burn-optim's, operation by operation, so the results are the same.
 
-use burn::{
-    backend::{DispatchDevice, Flex},
-    tensor::Tensor,
-};
+use burn::{backend::Flex, tensor::Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -15,15 +12,15 @@ use crate::adamw::Factors;
 /// Values that a thread takes at a time.
 const CHUNK: usize = 8 * 1024;
 
-/// Whether tensors of f32 are the CPU's.
-pub(crate) fn on_cpu(tensors: [&Tensor<1>; 2]) -> bool {
-    tensors.into_iter().all(|tensor| matches!(tensor.device().as_dispatch(), DispatchDevice::Flex(_)))
+/// Whether this kernel takes a parameter and its gradient.
+pub(super) fn takes(tensors: [&Tensor<1>; 2]) -> bool {
+    tensors.into_iter().all(|tensor| View::f32(tensor).is_some())
 }
 
 /// The parameter and its moments after a step, in the same buffers if nobody else uses them.
 ///
 /// # Panics
-/// If the lengths differ or the tensors are not f32 [`on_cpu`].
+/// If the lengths differ or the tensors are not f32 that it [`takes`].
 pub(crate) fn adamw(
     value: Tensor<1>,
     gradient: &Tensor<1>,

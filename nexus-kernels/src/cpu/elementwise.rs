@@ -10,7 +10,7 @@ use super::{
     level::with_level,
     rows::{Rows, map_rows},
 };
-use crate::Function;
+use crate::activation::Function;
 
 /// Runs `$run!(function)` with the function of one value for a [`Function`], chosen outside of the loop.
 macro_rules! choose {
@@ -26,10 +26,6 @@ macro_rules! choose {
 
 /// `activation(x)`.
 pub(crate) fn activate<const D: usize>(activation: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::activate(activation, x);
-    }
     let level = Level::detect();
     map_rows(x, |_, values| activate_slice(level, activation, values))
 }
@@ -40,10 +36,6 @@ pub(crate) fn activate_times<const D: usize>(
     x: Tensor<D>,
     y: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::activate_times(activation, x, y);
-    }
     let width = x.dims()[D - 1];
     let Some(rows) = Rows::of(&y).filter(|_| x.dims() == y.dims()) else { return Err((x, y)) };
     let level = Level::detect();
@@ -61,10 +53,6 @@ pub(crate) fn activate_times<const D: usize>(
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
 pub(crate) fn gated_residual(x: &Tensor<3>, gate: &Tensor<3>, y: Tensor<3>) -> Result<Tensor<3>, Tensor<3>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&y) {
-        return super::tracked::gated_residual(x, gate, y);
-    }
     let [batch, tokens, width] = y.dims();
     let fits = x.dims() == y.dims() && gate.dims() == [batch, 1, width];
     let (Some(x), Some(gate)) = (Rows::of(x).filter(|_| fits), Rows::of(gate)) else { return Err(y) };

@@ -18,10 +18,6 @@ const CHUNK: usize = 64 * 1024;
 ///
 /// Tracked tensors are joined two at a time, others are left to burn.
 pub(crate) fn cat<const D: usize>(tensors: &[Tensor<D>], dim: usize) -> Option<Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if tensors.iter().any(super::tracked::is_autodiff) {
-        return super::tracked::cat(tensors.as_array()?.each_ref(), dim);
-    }
     let views: Vec<View> = tensors.iter().map(View::of).collect::<Option<_>>()?;
     let parts: Vec<&FlexTensor> = views.iter().map(View::tensor).collect();
     Some(Tensor::from_primitive::<Flex>(joined(&parts, dim)?))
@@ -50,7 +46,7 @@ pub(super) fn joined(parts: &[&FlexTensor], dim: usize) -> Option<FlexTensor> {
 }
 
 /// A tensor with its values in row-major order from some element on.
-pub(super) fn in_one_piece(tensor: FlexTensor) -> FlexTensor {
+pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
     if tensor.layout().contiguous_offsets().is_some() {
         return tensor;
     }

@@ -1,8 +1,8 @@
 //! What the CPU can do: features found at run time -> the widest version of each kernel.
 
-/// Vector instructions that a kernel may use; later ones include the earlier.
+/// Vector instructions; later ones include the earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub enum Instructions {
     /// What every CPU of the target has.
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
@@ -11,34 +11,49 @@ pub enum Level {
     Avx512,
 }
 
+/// Instructions that this CPU has: only detection makes such a value, so that whoever holds one may use them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Level(Instructions);
+
 impl Level {
     /// The highest level of this CPU.
     pub(crate) fn detect() -> Self {
         #[cfg(any(test, feature = "testing"))]
-        return Self::detect_cpu().min(LIMIT.get());
+        return Self::detect_cpu().at_most(LIMIT.get());
         #[cfg(not(any(test, feature = "testing")))]
         Self::detect_cpu()
     }
 
-    pub(crate) fn detect_cpu() -> Self {
+    fn detect_cpu() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-                return Self::Avx512;
+                return Self(Instructions::Avx512);
             }
             if avx2 {
-                return Self::Avx2;
+                return Self(Instructions::Avx2);
             }
         }
-        Self::Portable
+        Self(Instructions::Portable)
+    }
+
+    /// What it is made of.
+    pub(crate) fn instructions(self) -> Instructions {
+        self.0
+    }
+
+    /// The same, or a lower one.
+    #[cfg(any(test, feature = "testing", target_arch = "x86_64"))]
+    pub(crate) fn at_most(self, instructions: Instructions) -> Self {
+        Self(self.0.min(instructions))
     }
 
     /// Whether the CPU multiplies pairs of bf16 at this level.
     pub(crate) fn multiplies_bf16(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self == Self::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
+        return self.0 == Instructions::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -47,15 +62,24 @@ impl Level {
     #[cfg(any(test, target_arch = "x86_64"))]
     pub(crate) fn multiplies_bf16_tiles(self) -> bool {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        return self == Self::Avx512 && *amx::AVAILABLE;
+        return self.0 == Instructions::Avx512 && *amx::AVAILABLE;
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         false
     }
 
-    /// Every level that this CPU can run, for tests.
-    #[cfg(any(test, feature = "testing"))]
+    /// Every level that this CPU can run.
+    #[cfg(test)]
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        Instructions::available().map(Self)
+    }
+}
+
+#[cfg(any(test, feature = "testing"))]
+impl Instructions {
+    /// What this CPU has, from the least on.
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::detect_cpu())
+        let all = [Self::Portable, Self::Avx2, Self::Avx512];
+        all.into_iter().filter(|instructions| *instructions <= Level::detect_cpu().0)
     }
 }
 
@@ -111,23 +135,22 @@ mod amx {
 
 #[cfg(any(test, feature = "testing"))]
 thread_local! {
-    static LIMIT: std::cell::Cell<Level> = const { std::cell::Cell::new(Level::Avx512) };
+    static LIMIT: std::cell::Cell<Instructions> = const { std::cell::Cell::new(Instructions::Avx512) };
 }
 
-/// Kernels that this thread calls from now on use no higher level, as if the CPU had none.
+/// Kernels that this thread calls from now on use no other instructions, as if the CPU had none.
 ///
 /// Products that burn does choose their instructions themselves.
 #[cfg(any(test, feature = "testing"))]
-pub fn limit_cpu(level: Level) {
-    LIMIT.set(level);
+pub fn limit_cpu(instructions: Instructions) {
+    LIMIT.set(instructions);
 }
 
 /// Compiles a function once per level and calls the version for the level given first.
 ///
 /// `with_level!(level, fn name(arg: Type, ..) -> Out { body })` runs `body`, compiled with the instructions of `level`.
 /// The arguments are variables of these names at the call. Calls inside `body` are vectorised too if they are
-/// `#[inline(always)]`. The level must be one that the CPU has, as
-/// [`Level::detect`] gives it.
+/// `#[inline(always)]`.
 macro_rules! with_level {
     ($level:expr, fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? $body:block) => {{
         #[inline(always)]
@@ -138,15 +161,16 @@ macro_rules! with_level {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
         fn avx512($($arg: $ty),*) $(-> $out)? { $name($($arg),*) }
-        match $level {
+        let level: $crate::cpu::Level = $level;
+        match level.instructions() {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            $crate::cpu::Level::Avx512 => unsafe { avx512($($arg),*) },
+            // SAFETY: a level has only instructions of this CPU.
+            $crate::cpu::Instructions::Avx512 => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             // SAFETY: as above.
-            $crate::cpu::Level::Avx2 => unsafe { avx2($($arg),*) },
+            $crate::cpu::Instructions::Avx2 => unsafe { avx2($($arg),*) },
             _ => $name($($arg),*),
         }
     }};

@@ -40,10 +40,6 @@ const DOT_TASK_OUTPUTS: usize = 32;
 /// - `bias`: `[out]`
 /// - returns: `[.., out]`
 pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Option<Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(x) {
-        return super::tracked::linear(x, weight, bias);
-    }
     let [outputs, inputs] = weight.dims();
     let mut shape = x.dims();
     assert_eq!(shape[D - 1], inputs, "width of the input of a linear layer");
@@ -53,7 +49,7 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     }
     let weight = View::of(weight)?;
     let x = View::of(x)?.into_contiguous();
-    let bias = bias.map(|bias| View::of(bias)?.widened()).map_or(Some(vec![0.0; outputs]), |bias| bias)?;
+    let bias = bias.map(|bias| View::of(bias)?.to_f32()).map_or(Some(vec![0.0; outputs]), |bias| bias)?;
     let layer = Layer { bias: &bias, rows, inputs, outputs };
     shape[D - 1] = outputs;
     let level = Level::detect();
@@ -261,7 +257,8 @@ mod tests {
     }
 
     fn products_of_bf16(layer: &Layer<'_>, x: &[bf16], weight: &[bf16]) -> Vec<(String, Vec<f32>)> {
-        let levels = Level::available().filter(|level| *level != Level::Avx512 || level.multiplies_bf16());
+        let levels = Level::available()
+            .filter(|level| level.instructions() != crate::cpu::Instructions::Avx512 || level.multiplies_bf16());
         let pairs = levels.map(|level| {
             (format!("pairs, {level:?}"), tiles::<Pair, f32>(layer, &layer.factor(x), &layer.factor(weight), level))
         });

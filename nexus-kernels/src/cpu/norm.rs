@@ -9,19 +9,25 @@ use super::{
     level::with_level,
     rows::{Rows, map_rows},
 };
-use crate::GroupNormOptions;
+use crate::{GroupNormOptions, Norm};
 
 /// Partial sums of a row, so that its values are added in vectors and with little rounding.
 const LANES: usize = 32;
 /// Values of a group whose mean and deviation are taken at a time.
 const BLOCK: usize = 4096;
 
-/// `weight * (x * rsqrt(mean x² + eps))` over the last dimension.
-pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: &Tensor<1>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::rms_norm(x, weight, epsilon);
+/// A norm of rows; the tensor comes back if the kernel does not take it.
+pub(super) fn normalize<const D: usize>(x: Tensor<D>, norm: &Norm, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
+    match norm {
+        Norm::Rms { weight } => rms_norm(x, weight, epsilon),
+        Norm::Layer => layer_norm(x, epsilon),
+        Norm::Affine { weight, bias } => affine_layer_norm(x, weight, bias, epsilon),
+        Norm::Modulated { scale, shift } => modulated_layer_norm(x, shift, scale, epsilon),
     }
+}
+
+/// `weight * (x * rsqrt(mean x² + eps))` over the last dimension.
+fn rms_norm<const D: usize>(x: Tensor<D>, weight: &Tensor<1>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
     let Some(weight) = values_of(weight, x.dims()[D - 1]) else { return Err(x) };
     let level = Level::detect();
     map_rows(x, |_, values| rms_norm_rows(level, values, &weight, epsilon))
@@ -43,11 +49,7 @@ fn rms_norm_rows(level: Level, values: &mut [f32], weight: &[f32], epsilon: f64)
 }
 
 /// `(x - mean) / sqrt(variance + eps)` over the last dimension.
-pub(crate) fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::layer_norm(x, epsilon);
-    }
+fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
     let (level, width) = (Level::detect(), x.dims()[D - 1]);
     map_rows(x, |_, values| {
         for row in values.chunks_exact_mut(width) {
@@ -57,16 +59,12 @@ pub(crate) fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Result<T
 }
 
 /// `layer_norm(x) * weight + bias`.
-pub(crate) fn affine_layer_norm<const D: usize>(
+fn affine_layer_norm<const D: usize>(
     x: Tensor<D>,
     weight: &Tensor<1>,
     bias: &Tensor<1>,
     epsilon: f64,
 ) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::affine_layer_norm(x, weight, bias, epsilon);
-    }
     let width = x.dims()[D - 1];
     let (Some(weight), Some(bias)) = (values_of(weight, width), values_of(bias, width)) else { return Err(x) };
     let level = Level::detect();
@@ -82,17 +80,13 @@ pub(crate) fn affine_layer_norm<const D: usize>(
 /// # Shapes
 /// - `x`: `[batch, tokens, width]`
 /// - `shift`, `scale`: `[batch, 1, width]`
-pub(crate) fn modulated_layer_norm(
-    x: Tensor<3>,
+fn modulated_layer_norm<const D: usize>(
+    x: Tensor<D>,
     shift: &Tensor<3>,
     scale: &Tensor<3>,
     epsilon: f64,
-) -> Result<Tensor<3>, Tensor<3>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::modulated_layer_norm(x, shift, scale, epsilon);
-    }
-    let [batch, tokens, width] = x.dims();
+) -> Result<Tensor<D>, Tensor<D>> {
+    let &[batch, tokens, width] = &x.dims()[..] else { return Err(x) };
     let fits = [shift.dims(), scale.dims()] == [[batch, 1, width]; 2];
     let (Some(shift), Some(scale)) = (Rows::of(shift).filter(|_| fits), Rows::of(scale)) else { return Err(x) };
     let factors: Vec<Vec<f32>> = (0..batch).map(|i| scale.row(i).iter().map(|scale| scale + 1.0).collect()).collect();
@@ -129,10 +123,6 @@ fn layer_norm_row(level: Level, row: &mut [f32], epsilon: f64, affine: Option<(&
 
 /// Group normalisation of a picture of features `[batch, channels, height, width]`.
 pub(crate) fn group_norm(x: Tensor<4>, options: &GroupNormOptions) -> Result<Tensor<4>, Tensor<4>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::group_norm(x, options);
-    }
     let GroupNormOptions { weight, bias, num_groups, epsilon, silu } = options;
     let [_, channels, height, width] = x.dims();
     let (Some(weight), Some(bias)) = (values_of(weight, channels), values_of(bias, channels)) else { return Err(x) };
@@ -202,7 +192,7 @@ fn values_of(weight: &Tensor<1>, count: usize) -> Option<Vec<f32>> {
     if weight.dims() != [count] {
         return None;
     }
-    View::of(weight)?.widened()
+    View::of(weight)?.to_f32()
 }
 
 /// The mean of some values, and the sum of the squares of their differences to it.

@@ -7,7 +7,7 @@ use super::{
     level::with_level,
     rows::{Rows, map_rows},
 };
-use crate::Pairs;
+use crate::{RotaryTable, rotary::Pairs};
 
 /// Rotates pairs of features.
 ///
@@ -15,11 +15,8 @@ use crate::Pairs;
 /// - `x`: `[batch, tokens, heads, head_dim]`
 /// - `cos`, `sin`: `[1 or batch, tokens, head_dim / 2]`
 /// - returns: as `x`
-pub(crate) fn rotate(x: Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pairs) -> Result<Tensor<4>, Tensor<4>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(&x) {
-        return super::tracked::rotate(x, cos, sin, pairs);
-    }
+pub(super) fn rotate(x: Tensor<4>, table: &RotaryTable, pairs: Pairs) -> Result<Tensor<4>, Tensor<4>> {
+    let RotaryTable { cos, sin } = table;
     let [batch, tokens, heads, head_dim] = x.dims();
     let [tables, table_tokens, table_width] = cos.dims();
     let fits = head_dim.is_multiple_of(2)

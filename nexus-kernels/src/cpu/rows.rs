@@ -7,7 +7,7 @@ use burn::{
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{Floats, Level, join::in_one_piece, stored::Stored, wrap};
+use super::{Floats, Level, join::contiguous, stored::Stored, wrap};
 
 /// Values that a thread takes at a time: few enough to stay in its cache while they are read more than once.
 const CHUNK: usize = 16 * 1024;
@@ -100,7 +100,7 @@ fn map_rows_of<E: Stored, const D: usize>(x: Tensor<D>, function: impl Fn(usize,
     let starts = match Starts::of(&dims, x.layout().strides()) {
         Some(starts) => starts,
         None => {
-            x = in_one_piece(x);
+            x = contiguous(x);
             Starts { dims: vec![(count / width, width)] }
         }
     };

@@ -238,8 +238,7 @@ pub(crate) use x86::{Avx2, Avx512};
 
 /// Calls a function for the vectors of a level, compiled with its instructions.
 ///
-/// `for_simd!(level, name::<G>(arg: Type, ..) -> Out where G: Bound)` calls `name::<Vectors, G>(arg, ..)`. The level must
-/// be one that the CPU has, as [`Level::detect`](super::Level::detect) gives it.
+/// `for_simd!(level, name::<G>(arg: Type, ..) -> Out where G: Bound)` calls `name::<Vectors, G>(arg, ..)`.
 macro_rules! for_simd {
     ($level:expr, $name:ident::<$($generic:ident),*>($($arg:ident: $ty:ty),*) $(-> $out:ty)? where $($bound:tt)*) => {{
         #[cfg(target_arch = "x86_64")]
@@ -254,13 +253,14 @@ macro_rules! for_simd {
             // SAFETY: as above.
             unsafe { $name::<$crate::cpu::simd::Avx512, $($generic),*>($($arg),*) }
         }
-        match $level {
+        let level: $crate::cpu::Level = $level;
+        match level.instructions() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            $crate::cpu::Level::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
+            // SAFETY: a level has only instructions of this CPU.
+            $crate::cpu::Instructions::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            $crate::cpu::Level::Avx2 => unsafe { avx2::<$($generic),*>($($arg),*) },
+            $crate::cpu::Instructions::Avx2 => unsafe { avx2::<$($generic),*>($($arg),*) },
             // SAFETY: every CPU has what this needs.
             _ => unsafe { $name::<$crate::cpu::simd::Portable, $($generic),*>($($arg),*) },
         }

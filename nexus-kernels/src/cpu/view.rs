@@ -8,7 +8,7 @@ use burn_flex::{FlexTensor, Layout};
 use half::{bf16, f16};
 
 use super::{
-    join::in_one_piece,
+    join::contiguous,
     stored::{Stored, widen},
 };
 
@@ -27,7 +27,6 @@ impl View {
     }
 
     /// Like [`View::of`], for f32 tensors alone.
-    #[cfg(feature = "autodiff")]
     pub(crate) fn f32<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
         if tensor.dtype() == DType::F32 { Self::of(tensor) } else { None }
     }
@@ -54,7 +53,7 @@ impl View {
     }
 
     /// The values in row-major order, as f32; a copy. `None` for dtypes that are not floats.
-    pub(crate) fn widened(self) -> Option<Vec<f32>> {
+    pub(crate) fn to_f32(self) -> Option<Vec<f32>> {
         let view = self.into_contiguous();
         match view.dtype() {
             DType::F32 => view.contiguous::<f32>().map(<[f32]>::to_vec),
@@ -66,7 +65,13 @@ impl View {
 
     /// The same tensor with its values in row-major order, copied if they do not lie so.
     pub(crate) fn into_contiguous(self) -> Self {
-        Self { tensor: in_one_piece(self.tensor) }
+        Self { tensor: contiguous(self.tensor) }
+    }
+
+    /// The tensor itself.
+    #[cfg(feature = "autodiff")]
+    pub(super) fn into_tensor(self) -> FlexTensor {
+        self.tensor
     }
 
     /// The tensor.
@@ -94,7 +99,7 @@ impl Floats {
         for dim in (1..D).rev() {
             strides[dim - 1] = strides[dim] * tensor.dims()[dim] as isize;
         }
-        Some(Self::Widened { values: view.widened()?, strides })
+        Some(Self::Widened { values: view.to_f32()?, strides })
     }
 
     /// Distances in elements between neighbours along each dimension.

@@ -14,15 +14,15 @@ use burn_cubecl::{
 use super::{contiguous, cube, downcast, rows::vector, tensor};
 use crate::adamw::Factors;
 
-/// Whether tensors of f32 are for this kernel.
-pub(crate) fn on_gpu(tensors: [&Tensor<1>; 2]) -> bool {
-    tensors.into_iter().all(|tensor| cube(tensor).is_some())
+/// Whether this kernel takes a parameter and its gradient.
+pub(super) fn takes(tensors: [&Tensor<1>; 2]) -> bool {
+    tensors.into_iter().all(|tensor| tensor.dtype() == DType::F32 && cube(tensor).is_some())
 }
 
 /// The parameter and its moments after a step, in the same buffers if nobody else uses them.
 ///
 /// # Panics
-/// If the lengths differ or the tensors are not f32 [`on_gpu`].
+/// If the lengths differ or the tensors are not f32 that it [`takes`].
 pub(crate) fn adamw(
     value: Tensor<1>,
     gradient: &Tensor<1>,

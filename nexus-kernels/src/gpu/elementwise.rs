@@ -8,36 +8,13 @@ use burn_cubecl::cubecl::{
 };
 
 use super::{contiguous, cube, element, empty_like, rows::Rows, tensor};
-use crate::Function;
-#[cfg(feature = "autodiff")]
-use crate::graph::is_autodiff;
+use crate::activation::Function;
 
 /// Of the tanh approximation of GELU.
 const MINUS_TWO_SQRT_2_OVER_PI: f32 = -1.595_769_121_605_730_7_f64 as f32;
 
-/// The function of every value; gives the tensor back if it is not for these kernels.
-pub(crate) fn activate<const D: usize>(function: Function, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if is_autodiff(&x) {
-        return super::tracked::activate(function, &x).ok_or(x);
-    }
-    run(function, &x, None).ok_or(x)
-}
-
-/// The function of every value, times `up`; gives both back if they are not for these kernels.
-pub(crate) fn activate_times<const D: usize>(
-    function: Function,
-    gate: Tensor<D>,
-    up: Tensor<D>,
-) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
-    #[cfg(feature = "autodiff")]
-    if is_autodiff(&gate) || is_autodiff(&up) {
-        return super::tracked::activate_times(function, &gate, &up).ok_or((gate, up));
-    }
-    run(function, &gate, Some(&up)).ok_or((gate, up))
-}
-
-fn run<const D: usize>(function: Function, x: &Tensor<D>, up: Option<&Tensor<D>>) -> Option<Tensor<D>> {
+/// The function of every value, times `up` if there is one; `None` for tensors that are not for these kernels.
+pub(super) fn activate<const D: usize>(function: Function, x: &Tensor<D>, up: Option<&Tensor<D>>) -> Option<Tensor<D>> {
     if up.is_some_and(|up| up.dims() != x.dims() || up.dtype() != x.dtype()) {
         return None;
     }
@@ -117,20 +94,12 @@ pub(super) fn activated<N: Size>(x: Vector<f32, N>, #[comptime] function: Functi
     }
 }
 
-/// `x + y * gate`; gives `y` back if the tensors are not for these kernels.
+/// `x + y * gate`; `None` for tensors that are not for these kernels.
 ///
 /// # Shapes
 /// - `x`, `y`: `[batch, tokens, width]`
 /// - `gate`: `[batch, 1, width]`
-pub(crate) fn gated_residual(x: &Tensor<3>, gate: &Tensor<3>, y: Tensor<3>) -> Result<Tensor<3>, Tensor<3>> {
-    #[cfg(feature = "autodiff")]
-    if [x, gate, &y].into_iter().any(is_autodiff) {
-        return super::tracked::gated_residual(x, gate, &y).ok_or(y);
-    }
-    residual(x, gate, &y).ok_or(y)
-}
-
-fn residual(x: &Tensor<3>, gate: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
+pub(super) fn gated_residual(x: &Tensor<3>, gate: &Tensor<3>, y: &Tensor<3>) -> Option<Tensor<3>> {
     let [batch, tokens, width] = x.dims();
     let fits = y.dims() == x.dims() && gate.dims() == [batch, 1, width];
     if !fits || [gate.dtype(), y.dtype()] != [x.dtype(); 2] {

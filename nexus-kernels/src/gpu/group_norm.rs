@@ -11,7 +11,7 @@ use burn_cubecl::{
 };
 
 use super::{contiguous, element, elementwise::activated, empty_like, norm::cube_sum, rows::vector, tensor};
-use crate::Function;
+use crate::{GroupNormOptions, activation::Function};
 
 /// Values that the units of a cube add up together.
 const PART: usize = 1 << 14;
@@ -19,28 +19,13 @@ const PART: usize = 1 << 14;
 const UNITS: usize = 256;
 
 /// Normalises groups of channels, by statistics of each sample, and scales and shifts every channel; with the SiLU of that if it
-/// is asked for. Gives the picture back if it is not for these kernels.
+/// is asked for; `None` for tensors that are not for these kernels.
 ///
 /// # Shapes
 /// - `x`: `[batch, channels, height, width]`
 /// - `weight`, `bias`: `[channels]`
-pub(crate) fn group_norm(
-    x: Tensor<4>,
-    [weight, bias]: [&Tensor<1>; 2],
-    num_groups: usize,
-    epsilon: f64,
-    silu: bool,
-) -> Result<Tensor<4>, Tensor<4>> {
-    run(&x, [weight, bias], num_groups, epsilon, silu).ok_or(x)
-}
-
-fn run(
-    x: &Tensor<4>,
-    [weight, bias]: [&Tensor<1>; 2],
-    num_groups: usize,
-    epsilon: f64,
-    silu: bool,
-) -> Option<Tensor<4>> {
+pub(super) fn group_norm(x: &Tensor<4>, options: &GroupNormOptions) -> Option<Tensor<4>> {
+    let &GroupNormOptions { ref weight, ref bias, num_groups, epsilon, silu } = options;
     let [batch, channels, height, width] = x.dims();
     let dtypes = [element(x.dtype())?, element(weight.dtype())?];
     let (shape, values, weight, bias) = (x.shape(), contiguous(x)?, contiguous(weight)?, contiguous(bias)?);

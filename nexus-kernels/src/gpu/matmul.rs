@@ -17,12 +17,11 @@ use super::{cube, element, empty_like, tensor};
 const LARGE: usize = 128;
 
 /// `x wᵀ + bias` for a weight `[out, in]` of the dtype of `x`; `None` if it is not for these kernels.
-pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Option<Tensor<D>> {
+pub(super) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Option<Tensor<D>> {
     let [outputs, inputs] = weight.dims();
     let mut shape = x.dims();
-    assert_eq!(shape[D - 1], inputs, "a layer of {inputs} inputs");
     let rows = x.shape().num_elements() / inputs.max(1);
-    let y = matmul(&x.clone().reshape([rows, inputs]), &weight.clone().transpose())?;
+    let y = product(x.clone().reshape([rows, inputs]), weight.clone().transpose(), x.dtype())?;
     let y = match bias {
         Some(bias) => y + bias.clone().unsqueeze(),
         None => y,
@@ -31,20 +30,7 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     Some(y.reshape(shape))
 }
 
-/// The product of two matrices of one dtype, or of batches of them, in that dtype; `None` if it is not for these kernels.
-///
-/// # Shapes
-/// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`
-pub(crate) fn matmul<const D: usize>(left: &Tensor<D>, right: &Tensor<D>) -> Option<Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if crate::graph::is_autodiff(left) || crate::graph::is_autodiff(right) {
-        return super::tracked::product(left, right);
-    }
-    let dtype = left.dtype();
-    product(left.clone(), right.clone(), dtype)
-}
-
-/// [`matmul`] of plain tensors with a result of a dtype.
+/// The product of two matrices of one dtype, or of batches of them, in a dtype; `None` if it is not for these kernels.
 ///
 /// # Shapes
 /// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`

@@ -3,24 +3,23 @@
 //!
 //! burn's own operations remain the formulation that these are tested against, and what other backends take. Here every
 //! chain of them that reads its input once is one kernel with f32 inside, and products choose their algorithm by rules
-//! instead of by trying dozens at first use, which takes minutes. Tensors on the autodiff device go through `tracked`
-//! (feature `train`), which gives the kernels their backward passes.
-#![allow(clippy::result_large_err, reason = "the error of a kernel is its input, given back for burn's operations")]
+//! instead of by trying dozens at first use, which takes minutes. `ops` says which kernel an operation takes, `backward` has
+//! the gradients.
 
-#[cfg(feature = "autodiff")]
-pub(crate) mod adamw;
+mod adamw;
 mod attention;
+#[cfg(feature = "autodiff")]
+mod backward;
 mod conv;
 mod elementwise;
 mod group_norm;
 mod matmul;
 mod memory;
 mod norm;
+mod ops;
 mod rotary;
 mod row_attention;
 mod rows;
-#[cfg(feature = "autodiff")]
-mod tracked;
 
 use std::any::Any;
 
@@ -36,17 +35,7 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
-pub(crate) use attention::attention;
-pub(crate) use conv::conv2d;
-pub(crate) use elementwise::{activate, activate_times, gated_residual};
-pub(crate) use group_norm::group_norm;
-pub(crate) use matmul::{linear, matmul};
 pub(crate) use memory::device_memory;
-pub(crate) use norm::{Norm, normalize};
-pub(crate) use rotary::rotate;
-pub(crate) use row_attention::row_attention;
-#[cfg(feature = "autodiff")]
-pub(crate) use tracked::split;
 
 /// The tensor as the backend has it; `None` if it is on another backend, tracked by autodiff, empty, or not of floats that
 /// kernels know.
@@ -90,39 +79,4 @@ fn element(dtype: DType) -> Option<ElemType> {
         _ => return None,
     };
     Some(ElemType::Float(kind))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        Function, Pairs,
-        testing::{cpu, device, input},
-    };
-
-    /// Whether each kernel takes tensors that `of` makes of those of the device.
-    fn taken(of: impl Fn(Tensor<4>) -> Tensor<4>) -> [bool; 6] {
-        let x = || of(input([1, 3, 2, 8], 1));
-        let rows = || x().flatten::<3>(1, 2);
-        let (gate, weight) = (rows().narrow(1, 0, 1), rows().squeeze_dim::<2>(0));
-        let table = x().narrow(2, 0, 1).narrow(3, 0, 4).squeeze_dim::<3>(2);
-        [
-            linear(&rows(), &weight, None).is_some(),
-            attention(&x(), &x(), &x(), None, 1.0, true).is_some(),
-            activate_times(Function::Gelu, rows(), rows()).is_ok(),
-            gated_residual(&rows(), &gate, rows()).is_ok(),
-            normalize(rows(), Norm::Modulated { scale: &gate, shift: &gate }, 1e-6).is_ok(),
-            rotate(x(), &table, &table, Pairs::Halves).is_ok(),
-        ]
-    }
-
-    #[test]
-    fn kernels_take_tensors_of_a_gpu_and_no_others() {
-        assert_eq!(taken(|x| x), [device() != cpu(); 6]);
-        assert_eq!(taken(|x| x.to_device(&cpu())), [false; 6]);
-        let tracked = |x: Tensor<4>| Tensor::<4>::from_data(x.into_data(), &device().autodiff()).require_grad();
-        // Rotary tables are constants.
-        let with_backward = cfg!(feature = "autodiff") && device() != cpu();
-        assert_eq!(taken(tracked), std::array::from_fn(|kernel| with_backward && kernel != 5));
-    }
 }

@@ -8,6 +8,7 @@ use burn_cubecl::cubecl::{
 };
 
 use super::{cube, element, empty_like, rows::Rows, tensor};
+use crate::Norm;
 
 /// Units that share a row: few for rows as short as a head, many for others.
 const UNITS: [usize; 2] = [32, 256];
@@ -19,19 +20,6 @@ pub(super) fn units_of(width: usize) -> usize {
     UNITS[usize::from(width >= WIDE)]
 }
 
-/// What happens along a row.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Norm<'a> {
-    /// By the root of the mean square; the normalised value is rounded before the weight.
-    Rms { weight: &'a Tensor<1> },
-    /// By mean and variance.
-    Layer,
-    /// By mean and variance, then weight and bias.
-    Affine { weight: &'a Tensor<1>, bias: &'a Tensor<1> },
-    /// By mean and variance, then `* (1 + scale) + shift`, each `[batch, 1, width]`.
-    Modulated { scale: &'a Tensor<3>, shift: &'a Tensor<3> },
-}
-
 /// [`Norm`] without its tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
@@ -41,16 +29,8 @@ pub(super) enum Kind {
     Modulated,
 }
 
-/// Normalises every row of the last dimension; gives the tensor back if it is not for these kernels.
-pub(crate) fn normalize<const D: usize>(x: Tensor<D>, norm: Norm<'_>, epsilon: f64) -> Result<Tensor<D>, Tensor<D>> {
-    #[cfg(feature = "autodiff")]
-    if crate::graph::is_autodiff(&x) {
-        return super::tracked::normalize(&x, norm, epsilon).ok_or(x);
-    }
-    run(&x, norm, epsilon).ok_or(x)
-}
-
-fn run<const D: usize>(x: &Tensor<D>, norm: Norm<'_>, epsilon: f64) -> Option<Tensor<D>> {
+/// Normalises every row of the last dimension; `None` for tensors that are not for these kernels.
+pub(super) fn normalize<const D: usize>(x: &Tensor<D>, norm: &Norm, epsilon: f64) -> Option<Tensor<D>> {
     let rows = Rows::of(cube(x)?);
     let own = || Some(Rows::of(cube(&x.clone())?));
     let (kind, first, second) = match norm {

@@ -8,22 +8,15 @@ use burn_cubecl::cubecl::{
 };
 
 use super::{contiguous, cube, element, empty_like, tensor};
-use crate::Pairs;
+use crate::{RotaryTable, rotary::Pairs};
 
-/// Turns every pair; gives the heads back if they are not for these kernels.
+/// Rotates every pair; `None` for tensors that are not for these kernels.
 ///
 /// # Shapes
 /// - `x`: `[batch, tokens, heads, 2 * pairs]`
 /// - `cos`, `sin`: `[batch or 1, tokens, pairs]`
-pub(crate) fn rotate(x: Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pairs) -> Result<Tensor<4>, Tensor<4>> {
-    #[cfg(feature = "autodiff")]
-    if crate::graph::is_autodiff(&x) {
-        return super::tracked::rotate(&x, cos, sin, pairs).ok_or(x);
-    }
-    run(&x, cos, sin, pairs).ok_or(x)
-}
-
-fn run(x: &Tensor<4>, cos: &Tensor<3>, sin: &Tensor<3>, pairs: Pairs) -> Option<Tensor<4>> {
+pub(super) fn rotate(x: &Tensor<4>, table: &RotaryTable, pairs: Pairs) -> Option<Tensor<4>> {
+    let RotaryTable { cos, sin } = table;
     let [batch, tokens, heads, width] = x.dims();
     let [tables, _, half] = cos.dims();
     let fits = sin.dims() == cos.dims() && cos.dims()[1] == tokens && 2 * half == width && [1, batch].contains(&tables);

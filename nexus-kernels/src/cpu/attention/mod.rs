@@ -20,7 +20,7 @@ pub(super) use self::tile::{pack_keys, parts};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::{
-    Floats, Level, View,
+    Floats, Instructions, Level, View,
     packed::Packed,
     simd::{Portable, Simd},
     stored::Stored,
@@ -40,13 +40,9 @@ const MIN_TASK_ROWS: usize = 48;
 ///
 /// # Shapes
 /// As [`crate::attention`]
-pub(crate) fn attention(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &Attention<'_>) -> Option<Tensor<3>> {
-    #[cfg(feature = "autodiff")]
-    if super::tracked::is_autodiff(q) {
-        return super::tracked::attention(q, k, v, options);
-    }
+pub(super) fn attention(qkv: [&Tensor<4>; 3], options: &Attention<'_>) -> Option<Tensor<3>> {
     let level = Level::detect();
-    Some(attention_at(level, level.multiplies_bf16(), [q, k, v], options)?.mixed)
+    Some(attention_at(level, level.multiplies_bf16(), qkv, options)?.mixed)
 }
 
 /// What attention gives.
@@ -59,7 +55,7 @@ pub(super) struct Attended {
 
 /// What it takes to compute the weights again.
 #[cfg_attr(not(feature = "autodiff"), expect(dead_code, reason = "for the backward pass"))]
-pub(super) struct Kept {
+pub(crate) struct Kept {
     /// `log2(sum(exp(scores)))` of every query, `[batch, queries, heads]`.
     pub(super) log_totals: Vec<f32>,
     /// Queries and the keys that they may see.
@@ -245,16 +241,18 @@ impl<E: Packed> Call<'_, E> {
         let mut values = vec![E::default(); batch * queries * heads * head_dim];
         let mut log_totals = vec![f32::NEG_INFINITY; batch * queries * heads];
         let outputs = (Output::of(&mut values, head_dim), Output::of(&mut log_totals, 1));
-        self.tasks(spans).par_iter().for_each_init(Vec::new, |scratch, task| match level {
+        self.tasks(spans).par_iter().for_each_init(Vec::new, |scratch, task| match level.instructions() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, and only pairs of bf16 need more.
-            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, scratch, &outputs) },
+            // SAFETY: a level has only instructions of this CPU, and only pairs of bf16 need more.
+            Instructions::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(level, task, scratch, &outputs) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the CPU has just been asked for it.
-            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, scratch, &outputs) },
+            Instructions::Avx512 if level.multiplies_bf16() => unsafe {
+                self.avx512_bf16(level, task, scratch, &outputs)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level is in the other.
-            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, scratch, &outputs) },
+            Instructions::Avx512 | Instructions::Avx2 => unsafe { self.avx2(level, task, scratch, &outputs) },
             // SAFETY: every CPU has what this needs.
             _ => unsafe { self.block::<Portable, 1>(task, scratch, &outputs, level) },
         });
@@ -263,23 +261,23 @@ impl<E: Packed> Call<'_, E> {
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
+    fn avx2(&self, level: Level, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx2, 2>(task, scratch, outputs, Level::Avx2) }
+        unsafe { self.block::<Avx2, 2>(task, scratch, outputs, level.at_most(Instructions::Avx2)) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
+    fn avx512(&self, level: Level, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, Level::Avx512) }
+        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, level) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn avx512_bf16(&self, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
+    fn avx512_bf16(&self, level: Level, task: &Task, scratch: &mut Vec<f32>, outputs: &(Output<E>, Output<f32>)) {
         // SAFETY: this function has the instructions.
-        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, Level::Avx512) }
+        unsafe { self.block::<Avx512, 4>(task, scratch, outputs, level) }
     }
 
     /// One task, with register tiles of [`ROWS`] rows by `C` vectors.

@@ -1,6 +1,6 @@
 //! The inner loop of every convolution: a block of weights and a panel of pixels -> sums over the input channels.
 
-use super::super::Level;
+use super::super::{Instructions, Level};
 
 /// Output channels of a block of weights.
 pub(super) const ROWS: usize = 8;
@@ -20,11 +20,11 @@ pub(super) fn product(level: Level, weights: &[f32], panel: &[f32], sums: &mut [
     // SAFETY: the lengths were checked above, and levels come from `Level::detect`, so the CPU has the instructions.
     #[allow(unsafe_code)]
     unsafe {
-        match level {
+        match level.instructions() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => x86::avx512(depth, weights, panel, sums),
+            Instructions::Avx512 => x86::avx512(depth, weights, panel, sums),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => x86::avx2(depth, weights, panel, sums),
+            Instructions::Avx2 => x86::avx2(depth, weights, panel, sums),
             _ => all_blocks::<Portable, 4, 2>(depth, weights, panel, sums),
         }
     }

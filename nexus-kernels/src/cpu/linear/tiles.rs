@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
-        Level,
+        Instructions, Level,
         simd::{Portable, Simd, for_simd, pair},
         stored::{Stored, widen_slice},
     },
@@ -125,13 +125,13 @@ impl Lane for Pair {
             // SAFETY: as above.
             unsafe { blocks::<Avx512, Pair>(rows, weights, sums, stride) }
         }
-        match level {
+        match level.instructions() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the CPU has just been asked.
-            Level::Avx512 if level.multiplies_bf16() => unsafe { avx512(rows, weights, sums, stride) },
+            Instructions::Avx512 if level.multiplies_bf16() => unsafe { avx512(rows, weights, sums, stride) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            Level::Avx2 => unsafe { avx2(rows, weights, sums, stride) },
+            // SAFETY: a level has only instructions of this CPU.
+            Instructions::Avx2 => unsafe { avx2(rows, weights, sums, stride) },
             // SAFETY: every CPU has what this needs.
             _ => unsafe { blocks::<Portable, Self>(rows, weights, sums, stride) },
         }
@@ -189,17 +189,17 @@ impl<T> Rows<'_, T> {
 
 /// Floats of a vector.
 fn lanes(level: Level) -> usize {
-    match level {
-        Level::Avx512 => 16,
-        Level::Avx2 | Level::Portable => 8,
+    match level.instructions() {
+        Instructions::Avx512 => 16,
+        Instructions::Avx2 | Instructions::Portable => 8,
     }
 }
 
 /// Rows of a panel: those of a register tile, which is of 3 vectors of 16, or of 2 vectors of 8.
 pub(super) fn panel_width(level: Level) -> usize {
-    match level {
-        Level::Avx512 => 48,
-        Level::Avx2 | Level::Portable => 16,
+    match level.instructions() {
+        Instructions::Avx512 => 48,
+        Instructions::Avx2 | Instructions::Portable => 16,
     }
 }
 

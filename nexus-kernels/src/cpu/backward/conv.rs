@@ -4,20 +4,20 @@
 //! with pixels as lanes: each weight's sum runs over rows of the gradient and rows of the picture, shifted.
 #![allow(unsafe_code)]
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
-        Level, View, conv as plain,
+        Instructions, Level, View, conv as forward,
         level::with_level,
         norm::sum,
         simd::{Portable, Simd},
         wrap,
     },
-    Operand, gradient, in_dtype, parents, record,
+    Gradient, gradient, to_f32,
 };
 use crate::Filter;
 
@@ -32,42 +32,28 @@ const MAX_VECTOR_SUMS: usize = 32 * 1024;
 /// Elements of all partial sums together, which bounds the number of tasks.
 const PARTIAL_ELEMENTS: usize = 8 * 1024 * 1024;
 
-/// Convolution of a picture.
-///
-/// # Shapes
-/// As the plain kernel's.
-pub(in super::super) fn conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
-    recorded(x, filter, false)
-}
-
-/// Convolution of a doubled picture.
-///
-/// # Shapes
-/// As the plain kernel's.
-pub(in super::super) fn upsample_conv2d(x: &Tensor<4>, filter: &Filter) -> Option<Tensor<4>> {
-    recorded(x, filter, true)
-}
-
-fn recorded(x: &Tensor<4>, filter: &Filter, doubled: bool) -> Option<Tensor<4>> {
-    let (of_x, of_weight) = (Operand::of(x)?.widened(), Operand::of(&filter.weight)?.widened());
-    let of_bias = Operand::of(&filter.bias)?;
-    let [_, _, kernel, kernel_width] = filter.weight.dims();
-    if filter.padding.0 >= kernel || kernel != kernel_width {
+/// The gradients of a convolution of a picture, doubled before or not: of the picture, the weight and the bias; `None` if the
+/// kernel does not take the tensors.
+pub(super) fn backward(
+    x: &Tensor<4>,
+    filter: &Filter,
+    grad: &Tensor<4>,
+    [wants_x, wants_weight, wants_bias]: [bool; 3],
+    doubled: bool,
+) -> Option<[Option<Gradient>; 3]> {
+    let [outputs, inputs, kernel, kernel_width] = filter.weight.dims();
+    let fits = filter.padding.0 < kernel && kernel == kernel_width && (!doubled || filter.keeps_size_3x3());
+    let empty = [x.shape(), grad.shape(), filter.weight.shape()].iter().any(|shape| shape.num_elements() == 0);
+    if !fits || empty || x.dims()[1] != inputs || filter.bias.dims() != [outputs] {
         return None;
     }
-    let (weight, bias) = (of_weight.value.clone(), of_bias.value.clone());
-    let inner = Filter { weight, bias, stride: filter.stride, padding: filter.padding };
-    let values = of_x.value.clone();
-    let convolve = if doubled { plain::upsample_conv2d } else { plain::conv2d };
-    let result = convolve(&values, &inner)?;
-    Some(record(parents![of_x, of_weight, of_bias], result, move |upstream, [of_x, of_weight, of_bias]| {
-        let upstream = in_dtype(upstream, DType::F32);
-        [
-            of_x.then(|| gradient(picture_slopes(&upstream, &inner, values.dims(), doubled))),
-            of_weight.then(|| gradient(weight_slopes(&upstream, &inner, &values, doubled))),
-            of_bias.then(|| gradient(plane_sums(&upstream))),
-        ]
-    }))
+    let (x, grad) = (to_f32(x.clone()), to_f32(grad.clone()));
+    let filter = Filter { weight: to_f32(filter.weight.clone()), ..filter.clone() };
+    Some([
+        wants_x.then(|| gradient(picture_slopes(&grad, &filter, x.dims(), doubled))),
+        wants_weight.then(|| gradient(weight_slopes(&grad, &filter, &x, doubled))),
+        wants_bias.then(|| gradient(plane_sums(&grad))),
+    ])
 }
 
 /// Gradient of the picture.
@@ -83,10 +69,10 @@ fn picture_slopes(upstream: &Tensor<4>, filter: &Filter, shape: [usize; 4], doub
     let keeps_size = filter.stride == 1 && filter.padding == (kernel / 2, kernel / 2) && kernel % 2 == 1;
     let slopes = if keeps_size {
         back.padding = filter.padding;
-        plain::conv2d(upstream, &back)
+        forward::conv2d(upstream, &back)
     } else {
         let sides = [height + kernel - 1, width + kernel - 1];
-        plain::conv2d(&spread(upstream, sides, filter.stride, kernel - 1 - filter.padding.0), &back)
+        forward::conv2d(&spread(upstream, sides, filter.stride, kernel - 1 - filter.padding.0), &back)
     };
     let slopes = slopes.unwrap_or_else(|| unreachable!("pictures of f32 on the CPU"));
     if doubled { halved(&slopes) } else { slopes }
@@ -282,13 +268,13 @@ impl Call<'_> {
     fn add(&self, level: Level, rows: usize, memory: &[f32], sums: &mut [f32]) {
         assert!(memory.len() >= self.memory() && rows <= self.block);
         assert_eq!(sums.len(), self.outputs * self.kernel * self.inputs * self.kernel * self.kept);
-        match level {
+        match level.instructions() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, so the CPU has these instructions.
-            Level::Avx512 => unsafe { self.avx512(rows, memory, sums) },
+            // SAFETY: a level has only instructions of this CPU.
+            Instructions::Avx512 => unsafe { self.avx512(rows, memory, sums) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Level::Avx2 => unsafe { self.avx2(rows, memory, sums) },
+            Instructions::Avx2 => unsafe { self.avx2(rows, memory, sums) },
             // SAFETY: every CPU has what this needs.
             _ => unsafe { self.add_with::<Portable>(rows, memory, sums) },
         }
@@ -378,73 +364,6 @@ impl Call<'_> {
                     }
                 }
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::{module, ops::ConvOptions};
-
-    use super::*;
-    use crate::{cpu::tracked::tests::check, upsample_nearest_2x};
-
-    fn plain(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>, stride: usize, padding: (usize, usize)) -> Tensor<4> {
-        let options = ConvOptions { stride: [stride; 2], padding: [padding; 2], dilation: [1; 2], groups: 1 };
-        module::conv2d(x, weight, Some(bias), options)
-    }
-
-    #[test]
-    fn gradients_of_every_kind_of_convolution() {
-        for ([batch, inputs, outputs, height, width], kernel, stride, padding) in [
-            ([1, 1, 1, 1, 1], 1, 1, (0, 0)),
-            ([2, 3, 5, 7, 9], 3, 1, (1, 1)),
-            ([1, 4, 4, 33, 19], 3, 1, (1, 1)),
-            ([2, 5, 3, 6, 11], 1, 1, (0, 0)),
-            ([2, 3, 4, 8, 6], 3, 2, (0, 1)),
-            ([1, 2, 7, 9, 7], 3, 2, (1, 1)),
-            ([1, 3, 6, 8, 8], 4, 4, (0, 0)),
-            ([1, 2, 3, 9, 10], 5, 1, (2, 2)),
-        ] {
-            let shape = [batch, inputs, height, width];
-            let parts = |x: Tensor<3>, weight: Tensor<3>, bias: Tensor<3>| -> (Tensor<4>, Tensor<4>, Tensor<1>) {
-                // Rows and columns swapped, so that the picture is read through strides.
-                let x = x.reshape([batch, inputs, width, height]).swap_dims(2, 3);
-                (x, weight.reshape([outputs, inputs, kernel, kernel]), bias.reshape([outputs]))
-            };
-            check(
-                [[batch, inputs, height * width], [outputs, inputs, kernel * kernel], [outputs, 1, 1]],
-                |[x, weight, bias]| {
-                    let (x, weight, bias) = parts(x, weight, bias);
-                    assert_eq!(x.dims(), shape);
-                    conv2d(&x, &Filter { weight, bias, stride, padding }).unwrap()
-                },
-                |[x, weight, bias]| {
-                    let (x, weight, bias) = parts(x, weight, bias);
-                    plain(x, weight, bias, stride, padding)
-                },
-            );
-        }
-    }
-
-    #[test]
-    fn gradients_of_a_convolution_of_a_doubled_picture() {
-        for [batch, inputs, outputs, height, width] in [[1, 1, 1, 1, 1], [2, 3, 5, 4, 7]] {
-            let parts = |x: Tensor<3>, weight: Tensor<3>, bias: Tensor<3>| -> (Tensor<4>, Tensor<4>, Tensor<1>) {
-                let x = x.reshape([batch, inputs, height, width]);
-                (x, weight.reshape([outputs, inputs, 3, 3]), bias.reshape([outputs]))
-            };
-            check(
-                [[batch, inputs, height * width], [outputs, inputs, 9], [outputs, 1, 1]],
-                |[x, weight, bias]| {
-                    let (x, weight, bias) = parts(x, weight, bias);
-                    upsample_conv2d(&x, &Filter { weight, bias, stride: 1, padding: (1, 1) }).unwrap()
-                },
-                |[x, weight, bias]| {
-                    let (x, weight, bias) = parts(x, weight, bias);
-                    plain(upsample_nearest_2x(x), weight, bias, 1, (1, 1))
-                },
-            );
         }
     }
 }

@@ -19,47 +19,42 @@ use self::sums::{KEYS, Options, ROWS, Sums};
 use super::super::simd::{Avx2, Avx512};
 use super::{
     super::{
-        Level,
+        Instructions, Level,
         attention::{Attended, Halves, Kept, Output, Rowwise, Strided, attention_at, hold_pairs},
         packed::Packed,
         simd::{Portable, Simd},
         wrap,
     },
-    Gradient, Operand, gradient, parents, record,
+    Gradient, gradient,
 };
 use crate::Attention;
 
-/// Attention without bias; with one it is left to the plain formulation.
-///
-/// # Shapes
-/// As [`crate::attention`]
-pub(in super::super) fn attention(
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
-    options: &Attention<'_>,
-) -> Option<Tensor<3>> {
-    if options.bias.is_some() {
-        return None;
-    }
-    let (q, k, v) = (Operand::of(q)?, Operand::of(k)?, Operand::of(v)?);
+/// Attention and what its backward pass needs; `None` if the kernel does not take the tensors.
+pub(super) fn forward(qkv: [&Tensor<4>; 3], options: &Attention<'_>) -> Option<(Tensor<3>, Kept)> {
     let level = Level::detect();
-    let inputs = [&q.value, &k.value, &v.value];
-    let Attended { mixed, kept: weights } = attention_at(level, level.multiplies_bf16(), inputs, options)?;
-    let inputs = inputs.map(Tensor::clone);
-    let kept: Tensor<4> = mixed.clone().reshape(q.value.dims());
-    Some(record(parents![q, k, v], mixed, move |upstream: Tensor<3>, wanted| {
-        let ([q, k, v], upstream) = (&inputs, upstream.reshape(kept.dims()));
-        let options = Options { dim: q.dims()[3], scale: weights.scale, wanted };
-        if level.multiplies_bf16() && hold_pairs([q, k, v]) {
-            let halves = |tensor| Halves::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
-            let tensors = [q, k, v, &upstream, &kept].map(halves);
-            return Call { tensors: tensors.each_ref().map(Halves::rows), weights: &weights, options }.run(level);
-        }
-        let rowwise = |tensor| Rowwise::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
-        let tensors = [q, k, v, &upstream, &kept].map(rowwise);
-        Call { tensors: tensors.each_ref().map(Rowwise::rows), weights: &weights, options }.run(level)
-    }))
+    let Attended { mixed, kept } = attention_at(level, level.multiplies_bf16(), qkv, options)?;
+    Some((mixed, kept))
+}
+
+/// The gradients of q, k and v, from what [`forward`] made.
+pub(super) fn backward(
+    [q, k, v]: [&Tensor<4>; 3],
+    mixed: &Tensor<3>,
+    weights: &Kept,
+    grad: Tensor<3>,
+    wanted: [bool; 3],
+) -> [Option<Gradient>; 3] {
+    let level = Level::detect();
+    let (grad, mixed): (Tensor<4>, Tensor<4>) = (grad.reshape(q.dims()), mixed.clone().reshape(q.dims()));
+    let options = Options { dim: q.dims()[3], scale: weights.scale, wanted };
+    if level.multiplies_bf16() && hold_pairs([q, k, v]) {
+        let halves = |tensor| Halves::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
+        let tensors = [q, k, v, &grad, &mixed].map(halves);
+        return Call { tensors: tensors.each_ref().map(Halves::rows), weights, options }.run(level);
+    }
+    let rowwise = |tensor| Rowwise::of(tensor).unwrap_or_else(|| unreachable!("the forward kernel took it"));
+    let tensors = [q, k, v, &grad, &mixed].map(rowwise);
+    Call { tensors: tensors.each_ref().map(Rowwise::rows), weights, options }.run(level)
 }
 
 /// Inputs of one call.
@@ -110,16 +105,18 @@ impl<'a, E: Packed> Call<'a, E> {
             })
             .filter(|task| !task.queries.is_empty() && !task.keys.is_empty())
             .collect();
-        tasks.par_iter().for_each_init(Vec::new, |memory, task| match level {
+        tasks.par_iter().for_each_init(Vec::new, |memory, task| match level.instructions() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: levels come from `Level::detect`, and only pairs of bf16 need more.
-            Level::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(task, memory, &outputs) },
+            // SAFETY: a level has only instructions of this CPU, and only pairs of bf16 need more.
+            Instructions::Avx512 if E::PER_LANE == 1 => unsafe { self.avx512(level, task, memory, &outputs) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the CPU has just been asked for it.
-            Level::Avx512 if level.multiplies_bf16() => unsafe { self.avx512_bf16(task, memory, &outputs) },
+            Instructions::Avx512 if level.multiplies_bf16() => unsafe {
+                self.avx512_bf16(level, task, memory, &outputs)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level is in the other.
-            Level::Avx512 | Level::Avx2 => unsafe { self.avx2(task, memory, &outputs) },
+            Instructions::Avx512 | Instructions::Avx2 => unsafe { self.avx2(level, task, memory, &outputs) },
             // SAFETY: every CPU has what this needs.
             _ => unsafe { self.task::<Portable, 1>(task, memory, &outputs, level) },
         });
@@ -132,23 +129,23 @@ impl<'a, E: Packed> Call<'a, E> {
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
+    fn avx2(&self, level: Level, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
         // SAFETY: this function has the instructions.
-        unsafe { self.task::<Avx2, 2>(task, memory, outputs, Level::Avx2) }
+        unsafe { self.task::<Avx2, 2>(task, memory, outputs, level.at_most(Instructions::Avx2)) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
+    fn avx512(&self, level: Level, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
         // SAFETY: this function has the instructions.
-        unsafe { self.task::<Avx512, 4>(task, memory, outputs, Level::Avx512) }
+        unsafe { self.task::<Avx512, 4>(task, memory, outputs, level) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn avx512_bf16(&self, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
+    fn avx512_bf16(&self, level: Level, task: &Task, memory: &mut Vec<f32>, outputs: &[Output<E>; 3]) {
         // SAFETY: this function has the instructions.
-        unsafe { self.task::<Avx512, 4>(task, memory, outputs, Level::Avx512) }
+        unsafe { self.task::<Avx512, 4>(task, memory, outputs, level) }
     }
 
     /// # Safety
@@ -196,54 +193,5 @@ impl<'a, E: Packed> Call<'a, E> {
             // SAFETY: no other task has this query in this head.
             unsafe { outputs[0].write(level, q.index(task.row(at)), sums.of_row(at)) };
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Visibility, attention::plain as plain_attention, cpu::tracked::tests::check};
-
-    fn check_attention([batch, queries, keys, kv_heads, group, dim]: [usize; 6], options: Attention<'static>) {
-        let heads = kv_heads * group;
-        // Heads first, so that the inputs are read through strides.
-        let split = |x: Tensor<3>, tokens: usize, heads: usize| -> Tensor<4> {
-            x.reshape([batch, heads, tokens, dim]).swap_dims(1, 2)
-        };
-        let inputs = move |[q, k, v]: [Tensor<3>; 3]| {
-            [split(q * 2.0, queries, heads), split(k * 2.0, keys, kv_heads), split(v, keys, kv_heads)]
-        };
-        check(
-            [[batch, heads, queries * dim], [batch, kv_heads, keys * dim], [batch, kv_heads, keys * dim]],
-            |tensors| {
-                let [q, k, v] = inputs(tensors);
-                attention(&q, &k, &v, &options).unwrap()
-            },
-            |tensors| {
-                let [q, k, v] = inputs(tensors);
-                plain_attention(q, k, v, options.clone())
-            },
-        );
-    }
-
-    #[test]
-    fn gradients_of_full_attention() {
-        for sizes in [[1, 1, 1, 1, 1, 5], [2, 5, 7, 2, 1, 8], [1, 13, 67, 2, 3, 17], [2, 31, 150, 1, 2, 32]] {
-            check_attention(sizes, Attention::default());
-        }
-        check_attention([1, 5, 6, 2, 2, 12], Attention { scale: Some(0.7), ..Default::default() });
-    }
-
-    #[test]
-    fn gradients_of_causal_attention() {
-        for sizes in [[1, 1, 5, 1, 1, 6], [2, 7, 7, 2, 2, 8], [1, 29, 53, 1, 3, 16], [1, 101, 290, 1, 1, 10]] {
-            check_attention(sizes, Attention { visibility: Visibility::Causal, ..Default::default() });
-        }
-    }
-
-    #[test]
-    fn gradients_of_segments() {
-        let visibility = Visibility::Segments(&[0, 1, 18, 41]);
-        check_attention([1, 41, 41, 2, 2, 8], Attention { visibility, ..Default::default() });
     }
 }

@@ -24,7 +24,8 @@ pub(super) enum Factor<'a, const D: usize> {
     Normed(&'a Tensor<D>, &'a CubeTensor),
 }
 
-/// Sums of the gradients times the factor over each `group` rows, and, if `plain`, those of the gradients themselves.
+/// Sums of the gradients times the factor over each `group` rows, and, if `plain`, those of the gradients themselves; `None`
+/// for tensors that are not for these kernels.
 ///
 /// # Shapes
 /// - `upstream`: `[.., width]`
@@ -34,15 +35,13 @@ pub(super) fn sums<const D: usize>(
     factor: Factor<'_, D>,
     group: usize,
     plain: bool,
-) -> (Tensor<2>, Option<Tensor<2>>) {
+) -> Option<(Tensor<2>, Option<Tensor<2>>)> {
     let (values, statistics) = match factor {
         Factor::Values(values) => (values, None),
         Factor::Normed(values, statistics) => (values, Some(statistics.clone())),
     };
-    let dtypes = [upstream.dtype(), values.dtype()]
-        .map(|dtype| element(dtype).unwrap_or_else(|| unreachable!("the forward kernel took it")));
-    let rows = Rows::of(cube(values).unwrap_or_else(|| unreachable!("the forward kernel took it")));
-    let upstream = contiguous(upstream).unwrap_or_else(|| unreachable!("a gradient is on the device of its tensor"));
+    let dtypes = [element(upstream.dtype())?, element(values.dtype())?];
+    let (rows, upstream) = (Rows::of(cube(values)?), contiguous(upstream)?);
     let normed = statistics.is_some();
     let statistics = statistics.unwrap_or_else(|| empty_like(&upstream, [2], DType::F32));
     let (client, vector) = (upstream.client.clone(), rows.vector());
@@ -74,7 +73,7 @@ pub(super) fn sums<const D: usize>(
     );
     let sums: Tensor<3> = tensor::<4>(output).sum_dim(1).squeeze_dim(1);
     let kind = |at| sums.clone().narrow(1, at, 1).squeeze_dim(1);
-    (kind(0), plain.then(|| kind(1)))
+    Some((kind(0), plain.then(|| kind(1))))
 }
 
 #[cube(launch)]
