@@ -11,6 +11,8 @@ macro_rules! pages {
 }
 
 pages! {
+    add_a_backend: "src/add-a-backend.md",
+    add_an_operation: "src/add-an-operation.md",
     converse: "src/converse.md",
     devices: "src/devices.md",
     introduction: "src/introduction.md",
