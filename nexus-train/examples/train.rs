@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let recipe: Recipe = serde_json::from_value(json!({
         "command": "cargo run --release -p nexus-train --example train",
         "time": "seconds",
-        "expected": "a loss that falls",
+        "expected": "weights in runs/example/export",
         "seed": 1,
         "checkpoint_every": 10,
         "train": {

@@ -50,6 +50,7 @@ fn words(command: &str) -> Vec<OsString> {
 /// Commands of the program in the fenced blocks of a page.
 fn commands(page: &str) -> Vec<Vec<OsString>> {
     let blocks = page.split("```").skip(1).step_by(2);
+    let blocks = blocks.filter(|block| ["\n", "sh\n", "text\n"].iter().any(|start| block.starts_with(*start)));
     let lines = blocks.flat_map(str::lines).map(|line| line.split(" #").next().unwrap().trim());
     let of_ours = lines.filter_map(|line| match line.split_once(" -- ") {
         Some((cargo, rest))
