@@ -48,6 +48,9 @@
 //! | `cuda` | NVIDIA GPUs: `cuda:0` |
 //! | `rocm` | AMD GPUs: `rocm:0` |
 //!
+//! Beside them: `gif` and `webp` (default) read pictures in these formats too, `manifest` lets [`checkpoint`] record and
+//! compare hashes of weights.
+//!
 //! What a device computes in, unless the [`Loader`] is told otherwise ([`Precision`]):
 //!
 //! | device | weights | activations | inside norms |

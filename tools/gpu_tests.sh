@@ -26,8 +26,13 @@ if ! adapters; then
     fi
 fi
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test ar --test device_failure --test device_inputs --test lost_device \
-    --test parity --test parity_networks --test parity_sampling --test pipeline -- --skip activations_in_bf16
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test it -- ar:: device_inputs:: pipeline::
+
+# WGPU has no bf16.
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test parity --test parity_networks --test parity_sampling \
+    -- --skip transformer_in_bf16
+
+BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test device_failure --test lost_device -- --include-ignored
 
 BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test program -- certificate:: \
     --skip a_planted_fault --skip a_fault_in --skip faults_in_preprocessing --skip the_program --skip a_model --skip a_person

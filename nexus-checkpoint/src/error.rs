@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
+#[cfg(feature = "manifest")]
 use crate::manifest::ManifestDifference;
 use crate::report::{LoadReport, write_some};
 
@@ -400,6 +401,7 @@ pub enum CheckpointError {
     },
 
     /// A manifest that is not JSON of the expected form.
+    #[cfg(feature = "manifest")]
     #[error("{path}: not a manifest: {source}", path = path.display())]
     ManifestJson {
         /// Manifest file.
@@ -408,6 +410,7 @@ pub enum CheckpointError {
         source: serde_json::Error,
     },
     /// A manifest of a version that this crate does not know.
+    #[cfg(feature = "manifest")]
     #[error("{path}: manifest version {version} is not known (expected {expected}): make it again", path = path.display())]
     ManifestVersion {
         /// Manifest file.
@@ -418,6 +421,7 @@ pub enum CheckpointError {
         expected: u32,
     },
     /// The checkpoint is not the one that the manifest describes.
+    #[cfg(feature = "manifest")]
     #[error("{path}: not the checkpoint of the manifest:{differences}", path = path.display(), differences = difference_lines(differences))]
     ManifestMismatch {
         /// Checkpoint that was verified.
@@ -446,6 +450,7 @@ fn nearest_hint(nearest: &Option<String>) -> String {
     nearest.as_ref().map(|name| format!(" (nearest: `{name}`)")).unwrap_or_default()
 }
 
+#[cfg(feature = "manifest")]
 fn difference_lines(differences: &[ManifestDifference]) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.

@@ -4,7 +4,7 @@
 //! [`Checkpoint::open`], which maps the files and checks their headers -> [`load_module`], which compares names, shapes
 //! and dtypes with a lazy module, reports every difference, and hands the mapped bytes to burn. [`WeightNames`] says,
 //! as data, how the parameters are called in the files. [`save_module`] and [`write_safetensors`] go the other way;
-//! [`Manifest`] records and verifies contents.
+//! `Manifest`, of the feature `manifest`, records and verifies contents.
 //!
 //! Nothing is executed: a pickle is read by a small interpreter that knows tensors and nothing else.
 
@@ -17,6 +17,7 @@ use bytes::Bytes;
 mod error;
 mod header;
 mod load;
+#[cfg(feature = "manifest")]
 mod manifest;
 mod names;
 mod open;
@@ -31,6 +32,7 @@ mod zip;
 
 pub use error::CheckpointError;
 pub use load::{LoadDType, LoadOptions, check_module, load_module, module_layout, save_module, save_module_as};
+#[cfg(feature = "manifest")]
 pub use manifest::{Manifest, ManifestDifference, ManifestProgress, ManifestTensor};
 pub use names::WeightNames;
 pub use path::ModulePath;

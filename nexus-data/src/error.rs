@@ -8,6 +8,14 @@ use nexus_core::config::ConfigError;
 /// An error of a library underneath (image codec, tokenizer), kept as the source.
 pub type BoxedSource = Box<dyn std::error::Error + Send + Sync>;
 
+/// Formats of images, with those that are features of this crate.
+const READ_FORMATS: &str = match (cfg!(feature = "webp"), cfg!(feature = "gif")) {
+    (true, true) => "PNG, JPEG, BMP, WebP or GIF",
+    (true, false) => "PNG, JPEG, BMP or WebP (GIF with the feature `gif`)",
+    (false, true) => "PNG, JPEG, BMP or GIF (WebP with the feature `webp`)",
+    (false, false) => "PNG, JPEG or BMP (WebP and GIF with the features `webp` and `gif`)",
+};
+
 /// What can be wrong with messages, prompts, tokenizer files and images.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -166,7 +174,7 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// The bytes are in no image format that is read here.
-    #[error("{}: not a PNG, JPEG, WebP, BMP or GIF image", origin(path))]
+    #[error("{}: not an image that this build reads: {}", origin(path), READ_FORMATS)]
     NotAnImage {
         /// File, if the bytes came from one.
         path: Option<PathBuf>,

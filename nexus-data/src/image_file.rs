@@ -35,7 +35,8 @@ impl Default for ImageLimits {
 }
 
 impl Image {
-    /// Reads a PNG, JPEG, WebP, BMP or GIF file, within the default [`ImageLimits`]. The content decides, not the name.
+    /// Reads a PNG, JPEG or BMP file, or, with the features `webp` and `gif`, a WebP or GIF file, within the default
+    /// [`ImageLimits`]. The content decides, not the name.
     ///
     /// # Errors
     /// As [`Image::open_with`].

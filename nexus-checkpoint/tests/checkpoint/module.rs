@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use burn::module::{Initializer, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor, TensorData, bf16, f16};
 use nexus_checkpoint::{
-    Checkpoint, CheckpointError, LoadDType, LoadOptions, LoadReport, Manifest, ManifestDifference, WeightNames,
-    load_module, module_layout, save_module, write_safetensors,
+    Checkpoint, CheckpointError, LoadDType, LoadOptions, LoadReport, WeightNames, load_module, module_layout,
+    save_module, write_safetensors,
 };
+#[cfg(feature = "manifest")]
+use nexus_checkpoint::{Manifest, ManifestDifference};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -398,6 +400,7 @@ fn saving_a_module_fails_cleanly() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
+#[cfg(feature = "manifest")]
 #[test]
 fn manifests_round_trip_and_count_what_is_not_finite() {
     let mut tensors = tensors();
@@ -429,6 +432,7 @@ fn manifests_round_trip_and_count_what_is_not_finite() {
     manifest.verify(&sharded, &mut |_| {}).unwrap();
 }
 
+#[cfg(feature = "manifest")]
 #[test]
 fn manifests_name_what_differs() {
     let manifest = Manifest::of(&written(tensors()), &mut |_| {}).unwrap();
@@ -460,6 +464,7 @@ fn manifests_name_what_differs() {
     assert_eq!(found, expected);
 }
 
+#[cfg(feature = "manifest")]
 #[test]
 fn refuses_files_that_are_no_manifest() {
     let directory = tempfile::tempdir().unwrap();
