@@ -407,5 +407,6 @@ mod tests {
     fn a_handle_goes_to_any_thread() {
         fn shared<T: Clone + Send + Sync + 'static>() {}
         shared::<Nexus>();
+        shared::<crate::Conversation>();
     }
 }
