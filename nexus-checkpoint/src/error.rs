@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
+use crate::report::LoadReport;
 #[cfg(feature = "manifest")]
-use crate::manifest::ManifestDifference;
-use crate::report::{LoadReport, write_some};
+use crate::{manifest::ManifestDifference, report::write_some};
 
 /// A checkpoint that cannot be opened, read, loaded into a module, written or verified.
 #[derive(Debug, thiserror::Error)]
