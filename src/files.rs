@@ -161,6 +161,14 @@ impl ModelFiles {
         self.first("editing decoder", &self.nexus, &["edit_decoder.safetensors", "edit_decoder.bin"])
     }
 
+    /// `flux1-dev.safetensors`, from which decoders were trained.
+    ///
+    /// # Errors
+    /// [`Error::FileMissing`].
+    pub fn flux1_dev(&self) -> Result<PathBuf, Error> {
+        self.first("FLUX.1-dev transformer", &self.flux, &["flux1-dev.safetensors"])
+    }
+
     /// `ae.safetensors`.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use nexus_checkpoint::{Checkpoint, LoadOptions, check_module};
 use nexus_diffusion::{
     Autoencoder, ClipTextEncoder, EditingDecoder, GenerationDecoder, T5Encoder,
     config::{AutoencoderConfig, ClipConfig, DiffusionConfig, DitConfig, MergerConfig, T5Config},
+    transformer::Dit,
     weights,
 };
 use nexus_vision_encoder::{VisionConfig, VisionEncoder};
@@ -51,6 +52,15 @@ impl ModelFiles {
         let path = self.edit_decoder()?;
         let config = self.diffusion_config(path.parent().unwrap_or(&self.nexus))?;
         Ok(EditingDecoder::load(&Checkpoint::open(path)?, &config, device, options)?)
+    }
+
+    /// Loads the transformer of FLUX.1-dev, from which decoders were trained.
+    ///
+    /// # Errors
+    /// [`Error`] naming the file at fault.
+    pub fn load_flux1_dev(&self, device: &Device, options: &LoadOptions) -> Result<Dit, Error> {
+        let (path, config) = (self.flux1_dev()?, self.diffusion_config(&self.nexus)?);
+        Ok(Dit::load_flux1_dev(&Checkpoint::open(path)?, &config.dit, device, options)?)
     }
 
     /// Loads the autoencoder.

@@ -36,6 +36,13 @@ pub struct ArModel {
     rotary: MultimodalRotary,
 }
 
+/// What [`ArModel`] has from Qwen2.5-VL.
+#[derive(Module, Debug)]
+struct Qwen2_5Vl {
+    model: TextModel,
+    lm_head: Option<Linear>,
+}
+
 /// The transformer of [`ArModel`].
 #[derive(Module, Debug)]
 pub struct TextModel {
@@ -82,6 +89,23 @@ impl ArModel {
         options: &LoadOptions,
     ) -> Result<Self, ArError> {
         Ok(load_module(Self::new(config, device)?, checkpoint, &NAMES, options)?)
+    }
+
+    /// Loads Qwen2.5-VL, from which the model was trained: everything but the vision encoder, and what Nexus-Gen added,
+    /// which stays lazily initialised.
+    ///
+    /// # Errors
+    /// As [`ArModel::load`].
+    pub fn load_qwen2_5_vl(
+        checkpoint: &Checkpoint,
+        config: &ArConfig,
+        device: &Device,
+        options: &LoadOptions,
+    ) -> Result<Self, ArError> {
+        let Self { model, lm_head, vision_head, image_prefill_embeds, config, rotary } = Self::new(config, device)?;
+        let start = load_module(Qwen2_5Vl { model, lm_head }, checkpoint, &NAMES, options)?;
+        let Qwen2_5Vl { model, lm_head } = start;
+        Ok(Self { model, lm_head, vision_head, image_prefill_embeds, config, rotary })
     }
 
     /// Sizes and token ids of the model.

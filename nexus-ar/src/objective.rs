@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ArError, ArModel, NUM_IMAGE_TOKENS, TrainingBatch,
-    training_batch::{Group, Place},
+    training_batch::{Group, RowSource},
 };
 
 /// Epsilon of the norms in the cosine.
@@ -172,13 +172,13 @@ impl ArModel {
                 false => batch.target_rows(dtype),
             });
         }
-        let row = |place: &Place| match *place {
-            Place::Token(index) => index,
-            Place::Input(index) => first_input + index,
-            Place::Answer(index) if prefill => first_answer + index % NUM_IMAGE_TOKENS,
-            Place::Answer(index) => first_answer + index,
+        let row = |source: &RowSource| match *source {
+            RowSource::Token(index) => index,
+            RowSource::Input(index) => first_input + index,
+            RowSource::Answer(index) if prefill => first_answer + index % NUM_IMAGE_TOKENS,
+            RowSource::Answer(index) => first_answer + index,
         };
-        let rows = index_tensor(batch.places.iter().map(row), [batch.places.len()], &device);
+        let rows = index_tensor(batch.row_sources.iter().map(row), [batch.row_sources.len()], &device);
         Ok(Tensor::cat(table, 0).select(0, rows))
     }
 
@@ -262,8 +262,8 @@ impl TrainingBatch {
     /// - `states`: `[rows, hidden]`
     /// - returns: `[input tokens, hidden]`
     pub fn input_states(&self, states: &Tensor<2>) -> Option<Tensor<2>> {
-        let is_input = |(row, place): (usize, &Place)| matches!(place, Place::Input(_)).then_some(row);
-        let rows: Vec<usize> = self.places.iter().enumerate().filter_map(is_input).collect();
+        let is_input = |(row, source): (usize, &RowSource)| matches!(source, RowSource::Input(_)).then_some(row);
+        let rows: Vec<usize> = self.row_sources.iter().enumerate().filter_map(is_input).collect();
         (!rows.is_empty()).then(|| select(states, &rows))
     }
 
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_of_an_input_image_is_the_slope_of_the_loss() {
+    fn the_gradient_of_an_input_image_is_what_the_loss_changes_by() {
         let (model, objective) = (model(), ArObjective::default());
         let loss = |values: Tensor<3>| {
             let mut sample = editing();
@@ -383,11 +383,11 @@ mod tests {
         let values = editing().inputs[0].values.clone();
         let tracked = values.clone().autodiff().require_grad();
         let gradient = tracked.grad(&loss(tracked.clone()).backward()).unwrap();
-        // Along the gradient the slope is largest, and so least touched by rounding.
+        // Along the gradient the change is largest, and so least touched by rounding.
         let norm = value(&gradient.clone().square().sum().sqrt());
         let step = gradient / norm * 0.02;
-        let slope = (value(&loss(values.clone() + step.clone())) - value(&loss(values - step))) / 0.04;
-        assert!((slope - norm).abs() < 0.02 * norm, "slope {slope}, gradient {norm}");
+        let change = (value(&loss(values.clone() + step.clone())) - value(&loss(values - step))) / 0.04;
+        assert!((change - norm).abs() < 0.02 * norm, "change {change}, gradient {norm}");
     }
 
     #[test]

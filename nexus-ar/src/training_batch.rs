@@ -57,7 +57,7 @@ pub struct TrainingBatch {
     /// Ids whose embeddings are looked up, each once.
     pub(crate) vocabulary: Vec<u32>,
     /// `[rows]`, of one group after the other.
-    pub(crate) places: Vec<Place>,
+    pub(crate) row_sources: Vec<RowSource>,
     /// `[rows]`.
     pub(crate) positions: Vec<[i64; 3]>,
     pub(crate) inputs: Vec<ImageEmbeds>,
@@ -82,7 +82,7 @@ const PADDING_SHARE: usize = 8;
 
 /// What stands at a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum RowSource {
     /// Token of this index into the batch's vocabulary.
     Token(usize),
     /// Embedding of an input image, counted over the batch.
@@ -110,7 +110,7 @@ impl TrainingBatch {
         let mut batch = Self {
             groups,
             vocabulary: vec![],
-            places: vec![],
+            row_sources: vec![],
             positions: vec![],
             inputs: vec![],
             targets: vec![],
@@ -118,7 +118,7 @@ impl TrainingBatch {
             excluded: vec![],
             image_labels: vec![],
         };
-        let mut rows = Rows::default();
+        let mut rows = RowCounter::default();
         for (index, (sample, tokens)) in samples.into_iter().zip(padded).enumerate() {
             batch
                 .push(sample, tokens, config, &mut rows)
@@ -149,7 +149,7 @@ impl TrainingBatch {
         sample: TrainingSample,
         padded: usize,
         config: &ArConfig,
-        rows: &mut Rows,
+        rows: &mut RowCounter,
     ) -> Result<(), ArError> {
         let TrainingSample { token_ids, labels, inputs, targets } = sample;
         check_images(inputs.iter().chain(&targets), config)?;
@@ -159,12 +159,12 @@ impl TrainingBatch {
             SampleOutline { token_ids: &token_ids, labels: &labels, inputs: &input_grids, targets: &target_grids };
         let positions = outline.positions(config)?;
         let image = config.token_ids.image_token_id;
-        let start = self.places.len();
+        let start = self.row_sources.len();
         for (&id, label) in token_ids.iter().zip(&labels) {
-            self.places.push(match (id == image, label) {
-                (false, _) => Place::Token(rows.of_token(id, &mut self.vocabulary)),
-                (true, None) => Place::Input(rows.next_input()),
-                (true, Some(_)) => Place::Answer(rows.next_answer()),
+            self.row_sources.push(match (id == image, label) {
+                (false, _) => RowSource::Token(rows.of_token(id, &mut self.vocabulary)),
+                (true, None) => RowSource::Input(rows.next_input()),
+                (true, Some(_)) => RowSource::Answer(rows.next_answer()),
             });
         }
         for (index, label) in labels.iter().enumerate().skip(1) {
@@ -177,7 +177,7 @@ impl TrainingBatch {
         self.positions.extend(positions);
         let end = start + padded;
         // Anything may stand there; the row of a token that is looked up anyway costs nothing.
-        self.places.resize(end, Place::Token(0));
+        self.row_sources.resize(end, RowSource::Token(0));
         self.positions.resize(end, [1; 3]);
         self.inputs.extend(inputs);
         self.targets.extend(targets);
@@ -198,7 +198,7 @@ impl TrainingBatch {
 
     /// Number of tokens of all samples, padding included.
     pub fn num_rows(&self) -> usize {
-        self.places.len()
+        self.row_sources.len()
     }
 
     /// Number of text tokens that are learned, over which the cross entropy is a mean.
@@ -233,13 +233,13 @@ fn groups(lengths: &[usize]) -> Vec<Group> {
 
 /// Counts over the samples of a batch.
 #[derive(Default)]
-struct Rows {
+struct RowCounter {
     tokens: BTreeMap<u32, usize>,
     inputs: usize,
     answers: usize,
 }
 
-impl Rows {
+impl RowCounter {
     fn of_token(&mut self, id: u32, vocabulary: &mut Vec<u32>) -> usize {
         *self.tokens.entry(id).or_insert_with(|| {
             vocabulary.push(id);
@@ -423,9 +423,9 @@ pub(crate) mod tests {
         assert_eq!((batch.num_samples(), batch.num_rows()), (2, 3 + length));
         assert_eq!((batch.num_text_labels(), batch.num_image_labels()), (2 + 4, 81));
         assert_eq!(batch.vocabulary, [2, 5, 14, 1, BOI, EOI, 3, 4]);
-        let second = &batch.places[3..];
-        assert_eq!(second[1..5], [Place::Token(0), Place::Token(4), Place::Input(0), Place::Input(1)]);
-        assert_eq!(second[12..15], [Place::Token(4), Place::Answer(0), Place::Answer(1)]);
+        let second = &batch.row_sources[3..];
+        assert_eq!(second[1..5], [RowSource::Token(0), RowSource::Token(4), RowSource::Input(0), RowSource::Input(1)]);
+        assert_eq!(second[12..15], [RowSource::Token(4), RowSource::Answer(0), RowSource::Answer(1)]);
         // The token that begins the picture predicts its first embedding.
         assert_eq!(batch.image_labels[..2], [3 + 12, 3 + 13]);
         assert_eq!(batch.text_labels[..3], [(0, 5), (1, 14), (3 + 10, 4)]);

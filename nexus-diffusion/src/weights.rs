@@ -63,6 +63,17 @@ pub const FLUX1_DEV: WeightNames = WeightNames {
     unused: &[],
 };
 
+/// Layer 0 of Qwen2.5-VL's language model, for the layer of [`EmbeddingMerger`](crate::connector::EmbeddingMerger).
+pub const QWEN2_5_VL_LAYER_0: WeightNames = WeightNames {
+    prefix: "model.layers.0.",
+    renames: &[],
+    unused: &[
+        ("model.", "the rest of the language model"),
+        ("lm_head.", "scores of tokens"),
+        ("visual.", "the vision encoder"),
+    ],
+};
+
 /// `ae.safetensors`, for [`Autoencoder`](crate::Autoencoder).
 pub const AUTOENCODER: WeightNames = WeightNames { prefix: "", renames: &[], unused: &[] };
 

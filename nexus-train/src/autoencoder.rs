@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::optim::{Draws, initialize};
 use burn::{
     module::Module,
     tensor::{DType, Device, FloatDType, Tensor, TensorData},
@@ -18,6 +17,7 @@ use nexus_diffusion::{
 
 use crate::{
     AutoencoderSettings, Initial, Phase, TrainError,
+    optim::{Draws, initialize},
     run_dir::write_whole,
     sheet,
     training::{Losses, MASTER_WEIGHTS, MicroBatch, PartTraining},

@@ -2,28 +2,28 @@
 
 use std::{collections::HashMap, path::Path};
 
-use crate::optim::{Draws, initialize};
 use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
-use nexus_checkpoint::{WeightNames, save_module_as};
+use nexus_checkpoint::{Checkpoint, WeightNames, save_module_as};
 use nexus_core::{GridThw, ImageEmbeds, nn::Recomputation};
 use nexus_data::{Image, Message, Patches, ProcessOptions, Processor, decoder_image};
 use nexus_diffusion::{
     Autoencoder, Conditioning, EditingDecoder, FlowMatching, FlowMatchingInput, GenerationDecoder, LatentSize,
-    config::DiffusionConfig,
+    connector::{Adapter, EmbeddingMerger},
     transformer::Dit,
     weights::{EDITING_DECODER, GENERATION_DECODER},
 };
 use nexus_vision_encoder::VisionEncoder;
 
 use crate::{
-    DecoderSettings, EditingInitial, Phase, Sample, TrainError,
+    DecoderInitial, DecoderSettings, EditingInitial, EditingStart, Phase, Sample, TrainError,
     autoencoder::{answer_and_source, tensor},
     drawing::{self, SAMPLE_PICTURES, sample_latents},
     feed::usable_input,
+    optim::{Draws, initialize},
     sheet,
     training::{Losses, MASTER_WEIGHTS, MicroBatch, PartTraining},
 };
@@ -38,8 +38,11 @@ pub(crate) trait TrainedDecoder: Module + Sync {
     /// Whether it sees a source picture.
     const SEES_REFERENCE: bool;
 
-    fn new(config: &DiffusionConfig, device: &Device) -> Self;
-    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error>;
+    /// What its weights may begin with.
+    type Initial;
+
+    /// The decoder with its first weights.
+    fn begin(initial: &Self::Initial, files: &ModelFiles, device: &Device) -> Result<Self, TrainError>;
     fn condition(
         &self,
         embeds: &ImageEmbeds,
@@ -47,8 +50,6 @@ pub(crate) trait TrainedDecoder: Module + Sync {
         size: LatentSize,
     ) -> Result<Conditioning, TrainError>;
     fn dit(&self) -> &Dit;
-    /// The decoder with another transformer.
-    fn with_dit(self, dit: Dit) -> Self;
 }
 
 impl TrainedDecoder for GenerationDecoder {
@@ -56,12 +57,18 @@ impl TrainedDecoder for GenerationDecoder {
     const FILE: &'static str = "generation_decoder.safetensors";
     const SEES_REFERENCE: bool = false;
 
-    fn new(config: &DiffusionConfig, device: &Device) -> Self {
-        Self::new(config, device)
-    }
+    type Initial = DecoderInitial;
 
-    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error> {
-        files.load_generation_decoder(device, &MASTER_WEIGHTS)
+    fn begin(initial: &DecoderInitial, files: &ModelFiles, device: &Device) -> Result<Self, TrainError> {
+        let random = || -> Result<Self, TrainError> { Ok(Self::new(&files.diffusion_config(&files.nexus)?, device)) };
+        Ok(match initial {
+            DecoderInitial::Checkpoint => files.load_generation_decoder(device, &MASTER_WEIGHTS)?,
+            DecoderInitial::Random(weights) => initialize(random()?, &Self::NAMES, weights),
+            DecoderInitial::Flux1Dev(weights) => {
+                let Connector { adapter } = initialize(Connector { adapter: random()?.adapter }, &Self::NAMES, weights);
+                Self { adapter, dit: files.load_flux1_dev(device, &MASTER_WEIGHTS)? }
+            }
+        })
     }
 
     fn condition(
@@ -76,10 +83,6 @@ impl TrainedDecoder for GenerationDecoder {
     fn dit(&self) -> &Dit {
         &self.dit
     }
-
-    fn with_dit(self, dit: Dit) -> Self {
-        Self { dit, ..self }
-    }
 }
 
 impl TrainedDecoder for EditingDecoder {
@@ -87,12 +90,27 @@ impl TrainedDecoder for EditingDecoder {
     const FILE: &'static str = "edit_decoder.safetensors";
     const SEES_REFERENCE: bool = true;
 
-    fn new(config: &DiffusionConfig, device: &Device) -> Self {
-        Self::new(config, device)
-    }
+    type Initial = EditingInitial;
 
-    fn load(files: &ModelFiles, device: &Device) -> Result<Self, nexus::Error> {
-        files.load_editing_decoder(device, &MASTER_WEIGHTS)
+    fn begin(initial: &EditingInitial, files: &ModelFiles, device: &Device) -> Result<Self, TrainError> {
+        let random = || -> Result<Self, TrainError> { Ok(Self::new(&files.diffusion_config(&files.nexus)?, device)) };
+        let merger = |weights| -> Result<EmbeddingMerger, TrainError> {
+            let connector = EditingConnector { embedding_merger: random()?.embedding_merger };
+            Ok(initialize(connector, &Self::NAMES, weights).embedding_merger)
+        };
+        Ok(match initial {
+            EditingInitial::Checkpoint => files.load_editing_decoder(device, &MASTER_WEIGHTS)?,
+            EditingInitial::Random(weights) => initialize(random()?, &Self::NAMES, weights),
+            EditingInitial::GenerationDecoder(weights) => {
+                let GenerationDecoder { dit, .. } = files.load_generation_decoder(device, &MASTER_WEIGHTS)?;
+                Self { embedding_merger: merger(weights)?, dit }
+            }
+            EditingInitial::Flux1Dev(EditingStart { language_model, projector }) => {
+                let language_model = Checkpoint::open(language_model)?;
+                let merger = merger(projector)?.with_qwen2_5_vl_layer(&language_model, &MASTER_WEIGHTS)?;
+                Self { embedding_merger: merger, dit: files.load_flux1_dev(device, &MASTER_WEIGHTS)? }
+            }
+        })
     }
 
     fn condition(
@@ -107,10 +125,18 @@ impl TrainedDecoder for EditingDecoder {
     fn dit(&self) -> &Dit {
         &self.dit
     }
+}
 
-    fn with_dit(self, dit: Dit) -> Self {
-        Self { dit, ..self }
-    }
+/// A generation decoder without its transformer, under the same names.
+#[derive(Module, Debug)]
+struct Connector {
+    adapter: Adapter,
+}
+
+/// An editing decoder without its transformer, under the same names.
+#[derive(Module, Debug)]
+struct EditingConnector {
+    embedding_merger: EmbeddingMerger,
 }
 
 /// Training of one decoder; all other parts are frozen and on the plain device.
@@ -152,7 +178,7 @@ struct Encoded {
 
 impl<D: TrainedDecoder> DecoderTraining<D> {
     pub(crate) fn open(
-        initial: &EditingInitial,
+        initial: &D::Initial,
         phases: &[Phase<DecoderSettings>],
         model: &Path,
         device: &Device,
@@ -167,15 +193,7 @@ impl<D: TrainedDecoder> DecoderTraining<D> {
         let autoencoder = files.load_autoencoder(device, &MASTER_WEIGHTS)?;
         let pooled = drawing::empty_prompt(&files, device, &MASTER_WEIGHTS)?;
         let tracked = device.clone().autodiff();
-        let config = files.diffusion_config(&files.nexus)?;
-        let random = |weights| initialize(D::new(&config, &tracked), &D::NAMES, weights);
-        let module = match initial {
-            EditingInitial::Random(weights) => random(weights),
-            EditingInitial::GenerationDecoder(weights) => {
-                random(weights).with_dit(files.load_generation_decoder(&tracked, &MASTER_WEIGHTS)?.dit)
-            }
-            EditingInitial::Checkpoint => D::load(&files, &tracked)?,
-        };
+        let module = D::begin(initial, &files, &tracked)?;
         let processor = Processor::open(&files.nexus)?;
         let flow = FlowMatching::new();
         let encoded = (0, HashMap::new());

@@ -1,7 +1,7 @@
 //! Drawing for sheets of samples: image embeddings -> pictures, by parts that are not trained.
 
-use crate::optim::Draws;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
+use nexus::ModelFiles;
 use nexus_ar::{ArModel, ArObjective, TrainingBatch, TrainingSample};
 use nexus_checkpoint::LoadOptions;
 use nexus_core::{GridThw, ImageEmbeds};
@@ -11,8 +11,7 @@ use nexus_diffusion::{
     transformer::Dit,
 };
 
-use crate::{DecoderSettings, TrainError, sheet};
-use nexus::ModelFiles;
+use crate::{DecoderSettings, TrainError, optim::Draws, sheet};
 
 /// Steps of the pictures.
 const STEPS: usize = 12;

@@ -5,14 +5,13 @@ mod samples;
 
 use std::{collections::HashMap, marker::PhantomData, path::Path};
 
-use crate::optim::{Draws, InitialWeights, initialize};
 use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
 use nexus::ModelFiles;
 use nexus_ar::{ArConfig, ArModel, ArOutput, TrainingBatch, TrainingSample};
-use nexus_checkpoint::{WeightNames, save_module_as};
+use nexus_checkpoint::{Checkpoint, WeightNames, save_module_as};
 use nexus_core::{config::ConfigError, nn::Recomputation};
 use nexus_data::{Image, Processor};
 use nexus_vision_encoder::{
@@ -20,12 +19,16 @@ use nexus_vision_encoder::{
 };
 
 use crate::{
-    Initial, LabelClasses, Phase, TrainError,
+    LabelClasses, LanguageInitial, Phase, Qwen2_5VlStart, TrainError,
     drawing::{Drawing, SAMPLE_PICTURES},
+    optim::{Draws, InitialWeights, initialize},
     training::{Losses, MASTER_WEIGHTS, MicroBatch, PartTraining},
 };
 use losses::{LanguageLosses, LanguageSettings};
 use samples::{KnownInput, KnownSample, Seen};
+
+/// Standard deviation of what Nexus-Gen added to Qwen2.5-VL, whose `initializer_range` it is.
+const ADDED_STD: f32 = 0.02;
 
 /// Width of the hidden layer of the throw-away head.
 const HEAD_HIDDEN: usize = 512;
@@ -79,7 +82,7 @@ const fn head_names(prefix: &'static str) -> WeightNames {
 /// What a run of the language model begins with.
 pub(crate) struct LanguageStart<'a, S> {
     pub(crate) seed: u64,
-    pub(crate) initial: &'a Initial,
+    pub(crate) initial: &'a LanguageInitial,
     /// Whether sheets of samples are wanted.
     pub(crate) draws_samples: bool,
     pub(crate) phases: &'a [Phase<S>],
@@ -108,7 +111,7 @@ impl<S: LanguageSettings> LanguageTraining<S> {
         let input_label_head = head(|losses| losses.input_label_weight > 0.0, &classes.all());
         let appearance_head = S::TRAINS_ENCODER.then(|| AppearanceHead::new(config.hidden_size, HEAD_HIDDEN, &tracked));
         let module = match initial {
-            Initial::Random(weights) => {
+            LanguageInitial::Random(weights) => {
                 let vision_config = VisionConfig::read(files.config())?;
                 let module = LanguageModule {
                     ar: ArModel::new(&config, &tracked)?,
@@ -119,10 +122,13 @@ impl<S: LanguageSettings> LanguageTraining<S> {
                 };
                 initialize(module, &NAMES, weights)
             }
-            Initial::Checkpoint => {
-                let ar = files.load_ar(&tracked, &MASTER_WEIGHTS)?;
+            LanguageInitial::Checkpoint | LanguageInitial::Qwen2_5Vl(_) => {
+                let ar = match initial {
+                    LanguageInitial::Qwen2_5Vl(start) => qwen2_5_vl(start, &config, &tracked)?,
+                    _ => files.load_ar(&tracked, &MASTER_WEIGHTS)?,
+                };
                 let visual = match S::TRAINS_ENCODER {
-                    true => Some(files.load_vision_encoder(&tracked, &MASTER_WEIGHTS)?),
+                    true => Some(encoder(initial, &files, &tracked)?),
                     false => None,
                 };
                 let fresh = InitialWeights { seed, gain: 1.0, zero: vec![] };
@@ -138,7 +144,7 @@ impl<S: LanguageSettings> LanguageTraining<S> {
         Ok(Self {
             encoder: match S::TRAINS_ENCODER {
                 true => None,
-                false => Some(files.load_vision_encoder(device, &MASTER_WEIGHTS)?),
+                false => Some(encoder(initial, &files, device)?),
             },
             drawing: draws_samples.then(|| Drawing::open(&files, device, &MASTER_WEIGHTS)).transpose()?,
             processor: Processor::open(&files.nexus)?,
@@ -151,6 +157,27 @@ impl<S: LanguageSettings> LanguageTraining<S> {
             settings: PhantomData,
         })
     }
+}
+
+/// The vision encoder that a language model begins with: Qwen2.5-VL's own, or the one in the model's directory.
+fn encoder(initial: &LanguageInitial, files: &ModelFiles, device: &Device) -> Result<VisionEncoder, TrainError> {
+    match initial {
+        LanguageInitial::Qwen2_5Vl(Qwen2_5VlStart { path, .. }) => {
+            let config = VisionConfig::read(files.config())?;
+            Ok(VisionEncoder::load(&Checkpoint::open(path)?, &config, device, &MASTER_WEIGHTS)?)
+        }
+        _ => Ok(files.load_vision_encoder(device, &MASTER_WEIGHTS)?),
+    }
+}
+
+/// Qwen2.5-VL's language model, with seeded values for what Nexus-Gen added.
+fn qwen2_5_vl(start: &Qwen2_5VlStart, config: &ArConfig, device: &Device) -> Result<ArModel, TrainError> {
+    let mut ar = ArModel::load_qwen2_5_vl(&Checkpoint::open(&start.path)?, config, device, &MASTER_WEIGHTS)?;
+    let gain = ADDED_STD * (config.hidden_size as f32).sqrt();
+    let added = InitialWeights { seed: start.seed, gain, zero: vec![] };
+    ar.vision_head = initialize(ar.vision_head, &head_names("vision_head."), &added);
+    ar.image_prefill_embeds = initialize(ar.image_prefill_embeds, &head_names("image_prefill_embeds."), &added);
+    Ok(ar)
 }
 
 /// Losses of what the encoder that is trained must tell.

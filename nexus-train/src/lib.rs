@@ -41,8 +41,9 @@ use burn::tensor::Device;
 
 pub use error::TrainError;
 pub use recipe::{
-    AutoencoderSettings, AutoregressiveSettings, ComputeDType, DataRecipe, DecoderSettings, EditingInitial, Initial,
-    MessagesRecipe, PartRecipe, Phase, Recipe, Schedule, SourceRecipe, TrainedPart, VisionEncoderSettings,
+    AutoencoderSettings, AutoregressiveSettings, ComputeDType, DataRecipe, DecoderInitial, DecoderSettings,
+    EditingInitial, EditingStart, Initial, LanguageInitial, MessagesRecipe, PartRecipe, Phase, Qwen2_5VlStart, Recipe,
+    Schedule, SourceRecipe, TrainedPart, VisionEncoderSettings,
 };
 pub use run::{Run, Step, StepMetrics, TrainOutcome, unobserved};
 pub use run_dir::{RunDir, RunState};

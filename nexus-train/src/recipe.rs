@@ -1,7 +1,9 @@
 //! Recipes: one JSON file -> what is trained, from what, on which data, in which phases.
 
+mod initial;
 mod part;
 mod phase;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
@@ -9,12 +11,11 @@ use nexus_core::config::{ConfigError, read_json};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap};
 use serde_json::Value;
 
-pub(crate) use part::Settings;
-pub use part::{
-    AutoencoderSettings, AutoregressiveSettings, DecoderSettings, EditingInitial, Initial, PartRecipe, TrainedPart,
-    VisionEncoderSettings,
-};
+pub use initial::{DecoderInitial, EditingInitial, EditingStart, Initial, LanguageInitial, Qwen2_5VlStart};
+pub use part::{PartRecipe, TrainedPart};
 pub use phase::{ComputeDType, Phase, Schedule};
+pub(crate) use settings::Settings;
+pub use settings::{AutoencoderSettings, AutoregressiveSettings, DecoderSettings, VisionEncoderSettings};
 
 /// What a run trains and how.
 ///

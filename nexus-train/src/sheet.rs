@@ -1,10 +1,10 @@
 //! Sheets of pictures: rows of decoded pictures -> one image to look at.
 
 use burn::tensor::Tensor;
+use nexus::read;
 use nexus_data::Image;
 
 use crate::TrainError;
-use nexus::read;
 
 /// Pixels between pictures.
 const GAP_PX: usize = 4;

@@ -8,7 +8,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::optim::{InitialWeights, initialize};
 use burn::tensor::{Device, FloatDType};
 use nexus_checkpoint::save_module_as;
 use nexus_diffusion::{
@@ -17,7 +16,10 @@ use nexus_diffusion::{
     weights::{CLIP, T5},
 };
 
-use crate::{Recipe, TrainError};
+use crate::{
+    Recipe, TrainError,
+    optim::{InitialWeights, initialize},
+};
 use nexus::ModelFiles;
 
 /// Gives random weights to the text encoders of a model that have a `config.json` but no weights, if the recipe begins

@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use crate::optim::TrainStateError;
 use burn::tensor::{Device, FloatDType};
 use nexus::{DeviceError, Error, diagnose};
 use nexus_core::config::ConfigError;
@@ -19,6 +18,7 @@ use crate::{
     autoencoder::AutoencoderTraining,
     decoders::DecoderTraining,
     language::{LanguageStart, LanguageTraining},
+    optim::TrainStateError,
     recipe::Settings,
     run::{PartRun, drive},
     source::Sources,
@@ -105,8 +105,7 @@ impl Trainer {
                 self.begin(recipe, phases, run, device, |classes| LanguageTraining::open(start(classes), model, device))
             }
             PartRecipe::GenerationDecoder { initial, phases, .. } => {
-                let initial = initial.clone().into();
-                let open = |_| DecoderTraining::<GenerationDecoder>::open(&initial, phases, model, device);
+                let open = |_| DecoderTraining::<GenerationDecoder>::open(initial, phases, model, device);
                 self.begin(recipe, phases, run, device, open)
             }
             PartRecipe::EditingDecoder { initial, phases, .. } => {

@@ -30,7 +30,7 @@ use nexus::{
     ar::{ArConfig, ArModel, ArObjective, GenerateOptions, NUM_IMAGE_TOKENS, Prompt, TrainingBatch, TrainingSample},
     checkpoint::{Checkpoint, LoadOptions},
     data::{Message, ProcessOptions},
-    vision_encoder::{VisionConfig, VisionEncoder},
+    vision_encoder::VisionEncoder,
 };
 use serde::Serialize;
 
@@ -105,7 +105,7 @@ fn main() -> Result<()> {
     let nexus = args.model.load()?;
     let device = args.model.device()?;
     let config = ArConfig::read(nexus.files().config())?;
-    let encoder = encoder(&nexus, &device)?;
+    let encoder = nexus.files().load_vision_encoder(&device, &LoadOptions::default())?;
     let load = |path: &Path| -> Result<ArModel> {
         Ok(ArModel::load(&Checkpoint::open(path)?, &config, &device, &LoadOptions::default())?)
     };
@@ -142,11 +142,6 @@ fn main() -> Result<()> {
     }
     bar.finish();
     report(&args, &[prefilled, fed_back], &forced, &spread)
-}
-
-fn encoder(nexus: &Nexus, device: &Device) -> Result<VisionEncoder> {
-    let config = VisionConfig::read(nexus.files().config())?;
-    Ok(VisionEncoder::load(&nexus.files().open_language_model()?, &config, device, &LoadOptions::default())?)
 }
 
 /// What a sample asks, as the language models read it.

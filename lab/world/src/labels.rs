@@ -2,12 +2,12 @@
 
 use crate::scene::{Colour, Place, Scene, Shape, is_held_out};
 
-/// Number of classes of every label, in the order of [`TokenLabels`].
+/// Number of classes of every label, in the order of [`Labels`].
 pub const LABEL_CLASSES: [usize; 9] = [5, 9, 3, 3, 5, 9, 3, 4, 2];
 
 /// Shape, colour, size and texture of the object in the token's place; shape, colour and texture of the one on top of
 /// it; background and style. Class 0 of an object's labels means that there is none.
-pub type TokenLabels = [u8; LABEL_CLASSES.len()];
+pub type Labels = [u8; LABEL_CLASSES.len()];
 
 const SHAPE: usize = 0;
 const COLOUR: usize = 1;
@@ -22,7 +22,7 @@ pub fn token_places(rows: usize, cols: usize) -> Vec<Place> {
 
 /// Classes that training never shows beside a token's other labels, each with the index of its label: the shape that no
 /// object of its colour has, and the colour that no object of its shape has ([`is_held_out`]).
-pub fn unseen_labels(labels: &TokenLabels) -> Vec<(usize, u8)> {
+pub fn unseen_labels(labels: &Labels) -> Vec<(usize, u8)> {
     let mut unseen = Vec::new();
     for (at_shape, at_colour) in [(SHAPE, COLOUR), (TOP_SHAPE, TOP_COLOUR)] {
         let colour = Colour::ALL.into_iter().find(|&colour| colour as u8 + 1 == labels[at_colour]);
@@ -40,11 +40,11 @@ impl Scene {
     /// Labels of a grid of tokens over the picture, in raster order.
     ///
     /// A token has the labels of its place ([`token_places`]), whether it shows the object itself or what is beside it.
-    pub fn token_labels(&self, rows: usize, cols: usize) -> Vec<TokenLabels> {
+    pub fn token_labels(&self, rows: usize, cols: usize) -> Vec<Labels> {
         token_places(rows, cols).into_iter().map(|place| self.labels_of(place)).collect()
     }
 
-    fn labels_of(&self, place: Place) -> TokenLabels {
+    fn labels_of(&self, place: Place) -> Labels {
         let mut here = self.objects.iter().filter(|object| object.place == place);
         let [shape, colour, size, texture] = here.next().map_or([0; 4], |object| {
             [object.shape as u8, object.colour as u8, object.size as u8, object.texture as u8].map(|class| class + 1)

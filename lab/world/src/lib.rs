@@ -36,7 +36,7 @@ use nexus_data::{Image, Language, Message, edit_prompt, generation_prompt};
 
 pub use crate::compose::canonical_places;
 pub use crate::judge::{Difference, Verdict, changed_region, judge, psnr_outside};
-pub use crate::labels::{LABEL_CLASSES, TokenLabels, token_places, unseen_labels};
+pub use crate::labels::{LABEL_CLASSES, Labels, token_places, unseen_labels};
 pub use crate::reader::{Reading, read_scene};
 pub use crate::render::{PLACE_PX, SIDE_PX, Variation};
 pub use crate::scene::{Background, Colour, Object, Place, Scene, Shape, Size, Style, Texture, is_held_out};

@@ -4,6 +4,7 @@ use burn::{
     module::Module,
     tensor::{DType, Device, Tensor},
 };
+use nexus_checkpoint::{Checkpoint, LoadOptions, load_module};
 use nexus_core::{
     GridThw, ImageEmbeds,
     nn::{DecoderLayer, DecoderLayerConfig, Linear, MultimodalRotary, RmsNorm},
@@ -11,7 +12,7 @@ use nexus_core::{
 use nexus_kernels::{RotaryTable, Visibility, silu};
 
 use super::TokenPosition;
-use crate::config::MergerConfig;
+use crate::{DiffusionError, config::MergerConfig, weights::QWEN2_5_VL_LAYER_0};
 
 /// Side of the square, in patches, onto which the positions of every grid are scaled.
 pub const MERGER_BASE_GRID: usize = 72;
@@ -77,6 +78,21 @@ impl EmbeddingMerger {
             rotary: MultimodalRotary::new(config.head_dim(), config.rope_theta, config.rope_scaling.mrope_section),
             tokens_per_second: config.vision_config.tokens_per_second,
         }
+    }
+
+    /// The merger with layer 0 of the language model of Qwen2.5-VL, from which it was trained.
+    ///
+    /// # Errors
+    /// [`DiffusionError::Checkpoint`] if the file lacks a weight of that layer, or has another shape of it.
+    pub fn with_qwen2_5_vl_layer(
+        mut self,
+        checkpoint: &Checkpoint,
+        options: &LoadOptions,
+    ) -> Result<Self, DiffusionError> {
+        let layers = std::mem::take(&mut self.layers).into_iter();
+        let load = |layer| Ok(load_module(layer, checkpoint, &QWEN2_5_VL_LAYER_0, options)?);
+        self.layers = layers.map(load).collect::<Result<_, DiffusionError>>()?;
+        Ok(self)
     }
 
     /// Width of the image embeddings that it takes.

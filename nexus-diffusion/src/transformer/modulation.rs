@@ -64,9 +64,13 @@ impl AdaNorm {
     }
 }
 
+/// The other order of the halves, as a weight that is trained if it was one.
 fn swap_halves<const D: usize>(rows: Tensor<D>) -> Tensor<D> {
-    let half = rows.dims()[0] / 2;
-    Tensor::cat(vec![rows.clone().narrow(0, half, half), rows.narrow(0, 0, half)], 0)
+    let (half, is_trained) = (rows.dims()[0] / 2, rows.is_require_grad());
+    // Detached alone it would still be trained, and so what is made of it a part of its graph.
+    let rows = rows.detach().set_require_grad(false);
+    let swapped = Tensor::cat(vec![rows.clone().narrow(0, half, half), rows.narrow(0, 0, half)], 0);
+    if is_trained { swapped.require_grad() } else { swapped }
 }
 
 /// What one residual branch does to its input and output; `[batch, 1, dim]` each.

@@ -4,7 +4,7 @@ use crate::optim::{AdamWOptions, MuonOptions, NamePattern};
 use nexus_core::config::ConfigError;
 use serde::{Deserialize, Serialize};
 
-use super::{DataRecipe, one, part::Settings, positive};
+use super::{DataRecipe, one, positive, settings::Settings};
 
 /// One phase of a recipe; each begins with a fresh optimizer and the averaged weights of the one before.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,6 @@ use std::{
     sync::Arc,
 };
 
-use crate::optim::{NamePattern, TrainStateError, check_weights, freeze};
 use burn::{module::Module, tensor::Device};
 use nexus_checkpoint::{Checkpoint, LoadOptions, WeightNames, load_module, module_layout};
 
@@ -17,6 +16,7 @@ use super::{
 use crate::{
     Phase, Recipe, RunDir, RunState, Source, TrainError,
     feed::Feed,
+    optim::{NamePattern, TrainStateError, check_weights, freeze},
     training::{MicroBatch, PartTraining},
     workers::Workers,
 };

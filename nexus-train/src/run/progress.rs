@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use crate::optim::{Optimizer, WeightAverage};
 use burn::{module::Module, tensor::Device};
 use nexus_checkpoint::{Checkpoint, WeightNames, module_layout, save_module, write_safetensors};
 
-use crate::{Phase, RunState, TrainError};
+use crate::{
+    Phase, RunState, TrainError,
+    optim::{Optimizer, WeightAverage},
+};
 
 /// File of a checkpoint with all parameters of the module.
 pub(super) const MODULE: &str = "module.safetensors";

@@ -1,6 +1,5 @@
 //! One step: samples of a phase -> gradients and losses of its micro-batches, one after the other or side by side.
 
-use crate::optim::GradientSum;
 use burn::{module::Module, tensor::Tensor};
 use nexus::read;
 use nexus_core::nn::Recomputation;
@@ -8,6 +7,7 @@ use nexus_core::nn::Recomputation;
 use super::StepMetrics;
 use crate::{
     Phase, TrainError,
+    optim::GradientSum,
     recipe::Settings,
     training::{Losses, MicroBatch, PartTraining},
     workers::Workers,

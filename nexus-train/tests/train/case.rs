@@ -1,6 +1,9 @@
 //! A training run of the autoencoder of the bundled random checkpoint, for the tests of runs, steps and recipes.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nexus::{Image, Message, data::MessagesFile};
 use nexus_core::testing::{cpu, random_models_dir};
@@ -114,4 +117,20 @@ pub fn decoder(part: Value, mut phase: Value) -> Value {
     settings.as_object_mut().unwrap().extend(part.as_object().unwrap().clone());
     phase["settings"] = settings;
     phase
+}
+
+/// A copy of the bundled random checkpoint in a new directory, which is returned.
+pub fn copied_models(models: &Path) -> PathBuf {
+    let mut dirs = vec![PathBuf::new()];
+    while let Some(inside) = dirs.pop() {
+        fs::create_dir_all(models.join(&inside)).unwrap();
+        for entry in fs::read_dir(random_models_dir().join(&inside)).unwrap() {
+            let path = inside.join(entry.unwrap().file_name());
+            match random_models_dir().join(&path).is_dir() {
+                true => dirs.push(path),
+                false => drop(fs::copy(random_models_dir().join(&path), models.join(&path)).unwrap()),
+            }
+        }
+    }
+    models.to_path_buf()
 }

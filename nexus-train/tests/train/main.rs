@@ -7,6 +7,7 @@ mod recipes;
 mod rejected;
 mod runs;
 mod sources;
+mod starts;
 mod steps;
 
 /// Keeps freed memory for the next tensor, as in the programs.

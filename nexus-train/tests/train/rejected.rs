@@ -1,13 +1,16 @@
 //! Samples that cannot be used: which are set aside, by every part of the model alike, and how often they count.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nexus::{Image, Message, data::MessagesFile};
 use nexus_core::testing::{cpu, random_models_dir};
 use nexus_train::{Recipe, train, unobserved};
 use serde_json::{Value, json};
 
-use crate::case::{decoder, recipe};
+use crate::case::{copied_models, decoder, recipe};
 
 #[test]
 fn distinct_samples_are_all_that_is_read() {
@@ -46,19 +49,8 @@ fn distinct_samples_are_all_that_is_read() {
 }
 
 /// A copy of the bundled random checkpoint with another length of the context.
-fn models_with_context(dir: &Path, tokens: usize) -> std::path::PathBuf {
-    let models = dir.join("models");
-    let mut dirs = vec![std::path::PathBuf::new()];
-    while let Some(inside) = dirs.pop() {
-        fs::create_dir_all(models.join(&inside)).unwrap();
-        for entry in fs::read_dir(random_models_dir().join(&inside)).unwrap() {
-            let path = inside.join(entry.unwrap().file_name());
-            match random_models_dir().join(&path).is_dir() {
-                true => dirs.push(path),
-                false => drop(fs::copy(random_models_dir().join(&path), models.join(&path)).unwrap()),
-            }
-        }
-    }
+fn models_with_context(dir: &Path, tokens: usize) -> PathBuf {
+    let models = copied_models(&dir.join("models"));
     let config = models.join("Nexus-GenV2/config.json");
     let mut changed: Value = serde_json::from_str(&fs::read_to_string(&config).unwrap()).unwrap();
     changed["max_position_embeddings"] = json!(tokens);
