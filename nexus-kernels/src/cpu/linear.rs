@@ -184,23 +184,23 @@ mod tests {
     }
 
     /// `[rows, inputs]` as `[inputs, rows]`.
-    fn turned(values: &[f32], inputs: usize) -> Vec<f32> {
+    fn transposed(values: &[f32], inputs: usize) -> Vec<f32> {
         (0..inputs).flat_map(|input| values.iter().skip(input).step_by(inputs).copied()).collect()
     }
 
-    /// f32 at every level, with either factor turned and both.
-    fn check_turned(rows: usize, inputs: usize, outputs: usize) {
+    /// f32 at every level, with either factor transposed and both.
+    fn check_transposed(rows: usize, inputs: usize, outputs: usize) {
         let (x, weight, bias) = (values([rows, inputs], 1), values([outputs, inputs], 2), values([1, outputs], 3));
         let expected = expected(&x, &weight, &bias, inputs);
         let layer = Layer { bias: &bias, rows, inputs, outputs };
-        let (turned_x, turned_weight) = (turned(&x, inputs), turned(&weight, inputs));
-        let turned_x = ColumnMajor { values: &turned_x, rows };
-        let turned_weight = ColumnMajor { values: &turned_weight, rows: outputs };
+        let (transposed_x, transposed_weight) = (transposed(&x, inputs), transposed(&weight, inputs));
+        let transposed_x = ColumnMajor { values: &transposed_x, rows };
+        let transposed_weight = ColumnMajor { values: &transposed_weight, rows: outputs };
         for level in Level::available() {
             let products: [Vec<f32>; 3] = [
-                tiles(&layer, &turned_x, &layer.factor(&weight), level),
-                tiles(&layer, &layer.factor(&x), &turned_weight, level),
-                tiles(&layer, &turned_x, &turned_weight, level),
+                tiles(&layer, &transposed_x, &layer.factor(&weight), level),
+                tiles(&layer, &layer.factor(&x), &transposed_weight, level),
+                tiles(&layer, &transposed_x, &transposed_weight, level),
             ];
             for (which, y) in products.iter().enumerate() {
                 let drift = relative_drift(y, &expected);
@@ -287,7 +287,7 @@ mod tests {
             check(rows, inputs, outputs, |w| w);
             check(rows, inputs, outputs, bf16::from_f32);
             check(rows, inputs, outputs, f16::from_f32);
-            check_turned(rows, inputs, outputs);
+            check_transposed(rows, inputs, outputs);
             check_bf16(rows, inputs, outputs);
         }
     }
@@ -296,7 +296,7 @@ mod tests {
     fn rows_of_several_tasks_match_the_sum() {
         for rows in (100..200).step_by(7).chain([1392, 1395, 1409, 2801]) {
             check(rows, 3, 70, bf16::from_f32);
-            check_turned(rows, 5, 66);
+            check_transposed(rows, 5, 66);
             check_bf16(rows, 5, 9);
         }
     }

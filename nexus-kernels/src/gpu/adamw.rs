@@ -88,9 +88,9 @@ fn step_kernel<N: Size>(
     if ABSOLUTE_POS >= total {
         terminate!();
     }
-    let slope = gradient[ABSOLUTE_POS];
-    let mean = first[ABSOLUTE_POS] * Vector::new(beta_1) + slope * Vector::new(rest_1);
-    let square = second[ABSOLUTE_POS] * Vector::new(beta_2) + slope * slope * Vector::new(rest_2);
+    let grad = gradient[ABSOLUTE_POS];
+    let mean = first[ABSOLUTE_POS] * Vector::new(beta_1) + grad * Vector::new(rest_1);
+    let square = second[ABSOLUTE_POS] * Vector::new(beta_2) + grad * grad * Vector::new(rest_2);
     let root = (square * Vector::new(correction_2)).sqrt() + Vector::new(eps);
     value[ABSOLUTE_POS] =
         value[ABSOLUTE_POS] * Vector::new(decay) - mean * Vector::new(correction_1) / root * Vector::new(lr);

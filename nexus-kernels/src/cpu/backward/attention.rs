@@ -2,7 +2,7 @@
 //!
 //! Backward, weights are computed again for a block of rows and keys at a time, from what the forward pass kept of their
 //! sums. A task owns one key/value head of one span of keys, so no two tasks add to the same gradient. bf16 is multiplied
-//! as such where the CPU does that, with weights and their slopes rounded to bf16; all else is in f32.
+//! as such where the CPU does that, with weights and their gradients rounded to bf16; all else is in f32.
 //!
 //! Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 4.
 #![allow(unsafe_code)]
@@ -181,17 +181,17 @@ impl<'a, E: Packed> Call<'a, E> {
                 }
             }
             for at in 0..count {
-                let (index, [of_k, of_v]) = (k.index(task.key(start + at)), sums.of_key(at));
+                let (index, [grad_k, grad_v]) = (k.index(task.key(start + at)), sums.grad_key(at));
                 // SAFETY: no other task has this key in this head.
                 unsafe {
-                    outputs[1].write(level, index, of_k);
-                    outputs[2].write(level, index, of_v);
+                    outputs[1].write(level, index, grad_k);
+                    outputs[2].write(level, index, grad_v);
                 }
             }
         }
         for at in 0..rows {
             // SAFETY: no other task has this query in this head.
-            unsafe { outputs[0].write(level, q.index(task.row(at)), sums.of_row(at)) };
+            unsafe { outputs[0].write(level, q.index(task.row(at)), sums.grad_row(at)) };
         }
     }
 }

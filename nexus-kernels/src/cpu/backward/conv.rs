@@ -50,32 +50,32 @@ pub(super) fn backward(
     let (x, grad) = (to_f32(x.clone()), to_f32(grad.clone()));
     let filter = Filter { weight: to_f32(filter.weight.clone()), ..filter.clone() };
     Some([
-        wants_x.then(|| gradient(picture_slopes(&grad, &filter, x.dims(), doubled))),
-        wants_weight.then(|| gradient(weight_slopes(&grad, &filter, &x, doubled))),
+        wants_x.then(|| gradient(picture_grad(&grad, &filter, x.dims(), doubled))),
+        wants_weight.then(|| gradient(weight_grad(&grad, &filter, &x, doubled))),
         wants_bias.then(|| gradient(plane_sums(&grad))),
     ])
 }
 
 /// Gradient of the picture.
-fn picture_slopes(upstream: &Tensor<4>, filter: &Filter, shape: [usize; 4], doubled: bool) -> Tensor<4> {
+fn picture_grad(grad: &Tensor<4>, filter: &Filter, shape: [usize; 4], doubled: bool) -> Tensor<4> {
     let [_, inputs, height, width] = shape;
     let [_, _, kernel, _] = filter.weight.dims();
     let mut back = Filter {
         weight: filter.weight.clone().swap_dims(0, 1).flip([2, 3]),
-        bias: Tensor::zeros([inputs], &upstream.device()),
+        bias: Tensor::zeros([inputs], &grad.device()),
         stride: 1,
         padding: (0, 0),
     };
     let keeps_size = filter.stride == 1 && filter.padding == (kernel / 2, kernel / 2) && kernel % 2 == 1;
-    let slopes = if keeps_size {
+    let grads = if keeps_size {
         back.padding = filter.padding;
-        forward::conv2d(upstream, &back)
+        forward::conv2d(grad, &back)
     } else {
         let sides = [height + kernel - 1, width + kernel - 1];
-        forward::conv2d(&spread(upstream, sides, filter.stride, kernel - 1 - filter.padding.0), &back)
+        forward::conv2d(&spread(grad, sides, filter.stride, kernel - 1 - filter.padding.0), &back)
     };
-    let slopes = slopes.unwrap_or_else(|| unreachable!("pictures of f32 on the CPU"));
-    if doubled { halved(&slopes) } else { slopes }
+    let grads = grads.unwrap_or_else(|| unreachable!("pictures of f32 on the CPU"));
+    if doubled { halved(&grads) } else { grads }
 }
 
 /// A picture with its pixels `stride` apart from `before` on, and zeros between them.
@@ -114,9 +114,9 @@ fn halved(x: &Tensor<4>) -> Tensor<4> {
 }
 
 /// Gradient of the bias.
-fn plane_sums(upstream: &Tensor<4>) -> Tensor<1> {
-    let [batch, outputs, height, width] = upstream.dims();
-    let (level, view) = (Level::detect(), contiguous(upstream));
+fn plane_sums(grad: &Tensor<4>) -> Tensor<1> {
+    let [batch, outputs, height, width] = grad.dims();
+    let (level, view) = (Level::detect(), contiguous(grad));
     let of_plane = |plane: &[f32]| {
         with_level!(
             level,
@@ -139,9 +139,9 @@ fn slice(view: &View) -> &[f32] {
 }
 
 /// Gradient of the kernel.
-fn weight_slopes(upstream: &Tensor<4>, filter: &Filter, x: &Tensor<4>, doubled: bool) -> Tensor<4> {
-    let (level, of_y, of_x) = (Level::detect(), contiguous(upstream), contiguous(x));
-    let [batch, outputs, out_height, out_width] = upstream.dims();
+fn weight_grad(grad: &Tensor<4>, filter: &Filter, x: &Tensor<4>, doubled: bool) -> Tensor<4> {
+    let (level, of_y, of_x) = (Level::detect(), contiguous(grad), contiguous(x));
+    let [batch, outputs, out_height, out_width] = grad.dims();
     let [_, inputs, height, width] = x.dims();
     let [_, _, kernel, _] = filter.weight.dims();
     let (stride, columns) = (filter.stride, inputs * kernel);
@@ -149,7 +149,7 @@ fn weight_slopes(upstream: &Tensor<4>, filter: &Filter, x: &Tensor<4>, doubled: 
     let block = (BLOCK_ELEMENTS / (columns * padded * stride)).clamp(1, out_height);
     let count = outputs * columns * kernel;
     let call = Call {
-        slopes: slice(&of_y),
+        grads: slice(&of_y),
         pixels: slice(&of_x),
         outputs,
         inputs,
@@ -193,7 +193,7 @@ fn weight_slopes(upstream: &Tensor<4>, filter: &Filter, x: &Tensor<4>, doubled: 
 /// Inputs and sizes of the gradient of one kernel.
 struct Call<'a> {
     /// `[batch, outputs, out_sides]`.
-    slopes: &'a [f32],
+    grads: &'a [f32],
     /// `[batch, inputs, sides]`.
     pixels: &'a [f32],
     outputs: usize,
@@ -227,12 +227,12 @@ impl Call<'_> {
     /// Packs rows of the gradient, and the picture's rows shifted by each column of the kernel.
     fn pack(&self, image: usize, first: usize, rows: usize, memory: &mut [f32]) {
         let ([height, width], [out_height, out_width]) = (self.sides, self.out_sides);
-        let (slopes, shifted) = memory.split_at_mut(self.outputs * self.block * self.padded);
+        let (grads, shifted) = memory.split_at_mut(self.outputs * self.block * self.padded);
         for output in 0..self.outputs {
             for row in 0..rows {
                 let from = ((image * self.outputs + output) * out_height + first + row) * out_width;
                 let to = (output * self.block + row) * self.padded;
-                slopes[to..][..out_width].copy_from_slice(&self.slopes[from..][..out_width]);
+                grads[to..][..out_width].copy_from_slice(&self.grads[from..][..out_width]);
             }
         }
         let scale = if self.doubled { 2 } else { 1 };
@@ -337,7 +337,7 @@ impl Call<'_> {
         unsafe {
             let mut totals = [[S::zero(); C]; O];
             for row in 0..rows {
-                let slopes = memory.as_ptr().add((output * self.block + row) * self.padded);
+                let grads = memory.as_ptr().add((output * self.block + row) * self.padded);
                 let picture_row = row * self.stride + kernel_row;
                 let pixels = memory.as_ptr().add(shifted + (picture_row * columns + column) * self.padded);
                 for lane in (0..self.padded).step_by(S::LANES) {
@@ -346,9 +346,9 @@ impl Call<'_> {
                         *x = S::load(pixels.add(j * self.padded + lane));
                     }
                     for (i, totals) in totals.iter_mut().enumerate() {
-                        let slope = S::load(slopes.add(i * self.block * self.padded + lane));
+                        let value = S::load(grads.add(i * self.block * self.padded + lane));
                         for (total, x) in totals.iter_mut().zip(x) {
-                            *total = x.mul_add(slope, *total);
+                            *total = x.mul_add(value, *total);
                         }
                     }
                 }

@@ -22,7 +22,7 @@ pub(super) fn activate<const D: usize>(
     grad: Tensor<D>,
 ) -> Result<Tensor<D>, Tensor<D>> {
     let Some(x) = Rows::of(x).filter(|_| x.dims() == grad.dims()) else { return Err(grad) };
-    times_slope(function, grad, &x, None)
+    times_derivative(function, grad, &x, None)
 }
 
 /// The gradients of `function(x) * y`; that of the result comes back if the kernel does not take the tensors.
@@ -35,7 +35,7 @@ pub(super) fn activate_times<const D: usize>(
     let fits = x.dims() == y.dims();
     let (Some(rows), Some(factors)) = (Rows::of(x).filter(|_| fits), Rows::of(y)) else { return Err(grad) };
     let grad_x = match wants_x {
-        true => Some(gradient(times_slope(function, grad.clone(), &rows, Some(&factors))?)),
+        true => Some(gradient(times_derivative(function, grad.clone(), &rows, Some(&factors))?)),
         false => None,
     };
     let grad_y = match wants_y {
@@ -46,7 +46,7 @@ pub(super) fn activate_times<const D: usize>(
 }
 
 /// `grad * function'(x) * factor`.
-fn times_slope<const D: usize>(
+fn times_derivative<const D: usize>(
     function: Function,
     grad: Tensor<D>,
     x: &Rows,
@@ -55,7 +55,7 @@ fn times_slope<const D: usize>(
     let (level, width) = (Level::detect(), grad.dims()[D - 1]);
     map_rows(grad, |first, values| {
         for (i, values) in values.chunks_exact_mut(width).enumerate() {
-            slopes(level, function, values, x.row(first + i));
+            multiply_by_derivative(level, function, values, x.row(first + i));
             if let Some(factor) = factor {
                 multiply(level, values, factor.row(first + i));
             }
@@ -74,8 +74,8 @@ fn multiply(level: Level, values: &mut [f32], factors: &[f32]) {
     );
 }
 
-/// Multiplies values by the slope of the activation at `x`.
-fn slopes(level: Level, activation: Function, values: &mut [f32], x: &[f32]) {
+/// Multiplies values by the derivative of the activation at `x`.
+fn multiply_by_derivative(level: Level, activation: Function, values: &mut [f32], x: &[f32]) {
     with_level!(
         level,
         fn run(activation: Function, values: &mut [f32], x: &[f32]) {
@@ -87,41 +87,41 @@ fn slopes(level: Level, activation: Function, values: &mut [f32], x: &[f32]) {
                 };
             }
             match activation {
-                Function::Silu => each!(silu_slope),
-                Function::Gelu => each!(gelu_slope),
-                Function::GeluTanh => each!(gelu_tanh_slope),
-                Function::QuickGelu => each!(quick_gelu_slope),
+                Function::Silu => each!(silu_derivative),
+                Function::Gelu => each!(gelu_derivative),
+                Function::GeluTanh => each!(gelu_tanh_derivative),
+                Function::QuickGelu => each!(quick_gelu_derivative),
             }
         }
     );
 }
 
-/// Slope of `x * sigmoid(x)`.
+/// Derivative of `x * sigmoid(x)`.
 #[inline(always)]
-pub(super) fn silu_slope(x: f32) -> f32 {
+pub(super) fn silu_derivative(x: f32) -> f32 {
     let sigmoid = 1.0 / (1.0 + exp(-x));
     sigmoid * (1.0 + x * (1.0 - sigmoid))
 }
 
 #[inline(always)]
-fn quick_gelu_slope(x: f32) -> f32 {
+fn quick_gelu_derivative(x: f32) -> f32 {
     let sigmoid = 1.0 / (1.0 + exp(-1.702 * x));
     sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
 }
 
 #[inline(always)]
-fn gelu_tanh_slope(x: f32) -> f32 {
+fn gelu_tanh_derivative(x: f32) -> f32 {
     const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
-    // Beyond this the slope is 0 or 1, and the cube of more would overflow.
+    // Beyond this the derivative is 0 or 1, and the cube of more would overflow.
     let x = x.clamp(-100.0, 100.0);
     let inner = (x + x * x * x * 0.044_715) * -TWO_SQRT_2_OVER_PI;
     let sigmoid = 1.0 / (1.0 + exp(inner));
-    let slope = TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044_715 * x * x);
-    sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
+    let inner_derivative = TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044_715 * x * x);
+    sigmoid + x * sigmoid * (1.0 - sigmoid) * inner_derivative
 }
 
 #[inline(always)]
-fn gelu_slope(x: f32) -> f32 {
+fn gelu_derivative(x: f32) -> f32 {
     const DENSITY_AT_ZERO: f32 = 0.398_942_3;
     normal(x) + x * DENSITY_AT_ZERO * exp(-0.5 * x * x)
 }
@@ -144,7 +144,7 @@ pub(super) fn gated_residual(
     let level = Level::detect();
     let (scaled, sums) = match wants_gate || wants_y {
         true => rows_and_sums([batch * tokens, width, tokens, 1], |row, scaled, sums| {
-            gate_slopes(level, scaled, sums, gates.row(row / tokens), rows.row(row), grads.row(row));
+            gate_grads(level, scaled, sums, gates.row(row / tokens), rows.row(row), grads.row(row));
         }),
         false => (vec![], vec![]),
     };
@@ -155,15 +155,15 @@ pub(super) fn gated_residual(
     ])
 }
 
-fn gate_slopes(level: Level, scaled: &mut [f32], sums: &mut [f32], gate: &[f32], y: &[f32], slopes: &[f32]) {
+fn gate_grads(level: Level, scaled: &mut [f32], sums: &mut [f32], gate: &[f32], y: &[f32], grads: &[f32]) {
     with_level!(
         level,
-        fn run(scaled: &mut [f32], sums: &mut [f32], gate: &[f32], y: &[f32], slopes: &[f32]) {
-            for ((scaled, gate), slope) in scaled.iter_mut().zip(gate).zip(slopes) {
-                *scaled = slope * gate;
+        fn run(scaled: &mut [f32], sums: &mut [f32], gate: &[f32], y: &[f32], grads: &[f32]) {
+            for ((scaled, gate), grad) in scaled.iter_mut().zip(gate).zip(grads) {
+                *scaled = grad * gate;
             }
-            for ((sum, y), slope) in sums.iter_mut().zip(y).zip(slopes) {
-                *sum += slope * y;
+            for ((sum, y), grad) in sums.iter_mut().zip(y).zip(grads) {
+                *sum += grad * y;
             }
         }
     );
@@ -174,12 +174,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slopes_far_from_zero_are_finite() {
-        for slope in [silu_slope, gelu_slope, gelu_tanh_slope, quick_gelu_slope] {
+    fn derivatives_far_from_zero_are_finite() {
+        for derivative in [silu_derivative, gelu_derivative, gelu_tanh_derivative, quick_gelu_derivative] {
             for (x, expected) in [(-1e4, 0.0), (-150.0, 0.0), (150.0, 1.0), (1e4, 1.0)] {
-                assert_eq!(slope(x), expected, "at {x}");
+                assert_eq!(derivative(x), expected, "at {x}");
             }
         }
-        assert_eq!([gelu_tanh_slope(-1e20), gelu_tanh_slope(1e20)], [0.0, 1.0]);
+        assert_eq!([gelu_tanh_derivative(-1e20), gelu_tanh_derivative(1e20)], [0.0, 1.0]);
     }
 }

@@ -12,7 +12,7 @@ use super::{
         wrap,
     },
     Gradient,
-    elementwise::silu_slope,
+    elementwise::silu_derivative,
     gradient,
     sums::rows_and_sums,
     to_f32,
@@ -41,25 +41,25 @@ pub(super) fn normalize<const D: usize>(
             let factors = values_of(weight, width)?;
             let ([x, grads], level) = (&rows, Level::detect());
             let (grad_x, sums) = rows_and_sums([count, width, count, 1], |row, to, sums| {
-                rms_norm_slopes(level, to, sums, x.row(row), grads.row(row), &factors, epsilon as f32);
+                rms_norm_row(level, to, sums, x.row(row), grads.row(row), &factors, epsilon as f32);
             });
             let grad_weight = wanted[1].then(|| gradient(wrap(sums, [width])));
             Some([wanted[0].then(|| gradient(wrap(grad_x, dims))), grad_weight, None])
         }
         Norm::Layer => {
-            let (grad_x, _) = layer_norm_slopes(&rows, [count, width], None, count, epsilon);
+            let (grad_x, _) = layer_norm_grads(&rows, [count, width], None, count, epsilon);
             Some([wanted[0].then(|| gradient(wrap(grad_x, dims))), None, None])
         }
         Norm::Affine { weight, bias } if weight.dims() == bias.dims() => {
             let factors = values_of(weight, width)?;
-            let (grad_x, sums) = layer_norm_slopes(&rows, [count, width], Some(&factors), count, epsilon);
+            let (grad_x, sums) = layer_norm_grads(&rows, [count, width], Some(&factors), count, epsilon);
             Some(wanted_of(wanted, wrap(grad_x, dims), &sums, width, [width]))
         }
         Norm::Modulated { scale, shift } if scale.dims() == shift.dims() => {
             let &[batch, tokens, _] = &dims[..] else { return None };
             let scales = Rows::of(scale).filter(|_| scale.dims() == [batch, 1, width])?;
             let factors: Vec<f32> = (0..batch).flat_map(|i| scales.row(i).iter().map(|scale| scale + 1.0)).collect();
-            let (grad_x, sums) = layer_norm_slopes(&rows, [count, width], Some(&factors), tokens, epsilon);
+            let (grad_x, sums) = layer_norm_grads(&rows, [count, width], Some(&factors), tokens, epsilon);
             Some(wanted_of(wanted, wrap(grad_x, dims), &sums, width, [batch, 1, width]))
         }
         _ => None,
@@ -71,25 +71,25 @@ fn values_of(vector: &Tensor<1>, width: usize) -> Option<Vec<f32>> {
     (vector.dims() == [width]).then(|| Rows::of(vector)).flatten().map(|rows| rows.row(0).to_vec())
 }
 
-fn rms_norm_slopes(
+fn rms_norm_row(
     level: Level,
     to: &mut [f32],
     sums: &mut [f32],
     x: &[f32],
-    slopes: &[f32],
+    grads: &[f32],
     factors: &[f32],
     epsilon: f32,
 ) {
     with_level!(
         level,
-        fn run(to: &mut [f32], sums: &mut [f32], x: &[f32], slopes: &[f32], factors: &[f32], epsilon: f32) {
+        fn run(to: &mut [f32], sums: &mut [f32], x: &[f32], grads: &[f32], factors: &[f32], epsilon: f32) {
             let count = x.len() as f32;
             let inverse = 1.0 / (sum(x, |x| x * x) / count + epsilon).sqrt();
-            for ((to, slope), factor) in to.iter_mut().zip(slopes).zip(factors) {
-                *to = slope * factor;
+            for ((to, grad), factor) in to.iter_mut().zip(grads).zip(factors) {
+                *to = grad * factor;
             }
-            for ((sum, slope), x) in sums.iter_mut().zip(slopes).zip(x) {
-                *sum += slope * (x * inverse);
+            for ((sum, grad), x) in sums.iter_mut().zip(grads).zip(x) {
+                *sum += grad * (x * inverse);
             }
             let along = product(to, x, 0.0) / count * inverse * inverse;
             for (to, x) in to.iter_mut().zip(x) {
@@ -101,7 +101,7 @@ fn rms_norm_slopes(
 
 /// Gradients of rows, factors and addends; `sums` is `[groups, 2, width]`.
 fn wanted_of<const D: usize, const W: usize>(
-    [of_x, of_factors, of_addends]: [bool; 3],
+    [wants_x, wants_factors, wants_addends]: [bool; 3],
     rows: Tensor<D>,
     sums: &[f32],
     width: usize,
@@ -111,14 +111,14 @@ fn wanted_of<const D: usize, const W: usize>(
         sums.chunks_exact(2 * width).flat_map(|sums| &sums[index * width..(index + 1) * width]).copied().collect()
     };
     [
-        of_x.then(|| gradient(rows)),
-        of_factors.then(|| gradient(wrap(part(0), shape))),
-        of_addends.then(|| gradient(wrap(part(1), shape))),
+        wants_x.then(|| gradient(rows)),
+        wants_factors.then(|| gradient(wrap(part(0), shape))),
+        wants_addends.then(|| gradient(wrap(part(1), shape))),
     ]
 }
 
 /// Gradients of the rows, and of factors and addends, `[rows / group, 2, width]`; `factors` is `[rows / group, width]`.
-fn layer_norm_slopes(
+fn layer_norm_grads(
     [x, grads]: &[Rows; 2],
     [count, width]: [usize; 2],
     factors: Option<&[f32]>,
@@ -138,32 +138,32 @@ fn layer_norm_row(
     to: &mut [f32],
     sums: &mut [f32],
     x: &[f32],
-    slopes: &[f32],
+    grads: &[f32],
     factors: Option<&[f32]>,
     epsilon: f32,
 ) {
     with_level!(
         level,
-        fn run(to: &mut [f32], sums: &mut [f32], x: &[f32], slopes: &[f32], factors: Option<&[f32]>, epsilon: f32) {
+        fn run(to: &mut [f32], sums: &mut [f32], x: &[f32], grads: &[f32], factors: Option<&[f32]>, epsilon: f32) {
             let count = x.len() as f32;
             let (mean, squares) = mean_and_squares(x);
             let inverse = 1.0 / (squares / count + epsilon).sqrt();
             match factors {
                 Some(factors) => {
-                    for ((to, slope), factor) in to.iter_mut().zip(slopes).zip(factors) {
-                        *to = slope * factor;
+                    for ((to, grad), factor) in to.iter_mut().zip(grads).zip(factors) {
+                        *to = grad * factor;
                     }
-                    let (of_factors, of_addends) = sums.split_at_mut(x.len());
-                    for ((sum, slope), x) in of_factors.iter_mut().zip(slopes).zip(x) {
-                        *sum += slope * ((x - mean) * inverse);
+                    let (grad_factors, grad_addends) = sums.split_at_mut(x.len());
+                    for ((sum, grad), x) in grad_factors.iter_mut().zip(grads).zip(x) {
+                        *sum += grad * ((x - mean) * inverse);
                     }
-                    for (sum, slope) in of_addends.iter_mut().zip(slopes) {
-                        *sum += slope;
+                    for (sum, grad) in grad_addends.iter_mut().zip(grads) {
+                        *sum += grad;
                     }
                 }
-                None => to.copy_from_slice(slopes),
+                None => to.copy_from_slice(grads),
             }
-            let average = sum(to, |slope| slope) / count;
+            let average = sum(to, |grad| grad) / count;
             for to in to.iter_mut() {
                 *to -= average;
             }
@@ -217,62 +217,55 @@ pub(super) fn group_norm(
     let x = to_f32(x.clone());
     let views = [x.clone(), to_f32(grad.clone())].map(|tensor| View::f32(&tensor).map(View::into_contiguous));
     let [x_view, grad_view] = views.each_ref();
-    let (x_values, slopes) = (x_view.as_ref()?.contiguous::<f32>()?, grad_view.as_ref()?.contiguous::<f32>()?);
+    let (x_values, grads) = (x_view.as_ref()?.contiguous::<f32>()?, grad_view.as_ref()?.contiguous::<f32>()?);
     let statistics = group_statistics(level, Floats::of(&x)?, size, options.epsilon)?;
-    let mut of_values = vec![0.0; x_values.len()];
-    // Sums over each plane of its slopes, and of its slopes times its normalised values.
+    let mut grad_values = vec![0.0; x_values.len()];
+    // Sums over each plane of its grads, and of its grads times its normalised values.
     let mut sums = vec![[0.0f32; 2]; batch * channels];
-    let groups = of_values.par_chunks_exact_mut(size).zip(sums.par_chunks_exact_mut(group_channels)).enumerate();
-    groups.for_each(|(group, (of_values, sums))| {
+    let groups = grad_values.par_chunks_exact_mut(size).zip(sums.par_chunks_exact_mut(group_channels)).enumerate();
+    groups.for_each(|(group, (grad_values, sums))| {
         let (mean, inverse) = statistics[group];
         let first_channel = group % options.num_groups * group_channels;
-        let (x, slopes) = (&x_values[group * size..][..size], &slopes[group * size..][..size]);
+        let (x, grads) = (&x_values[group * size..][..size], &grads[group * size..][..size]);
         let mut totals = [0.0f64; 2];
         for (i, sums) in sums.iter_mut().enumerate() {
             let (weight, bias, span) =
                 (weights[first_channel + i], biases[first_channel + i], i * plane..(i + 1) * plane);
-            let (to, x, slopes) = (&mut of_values[span.clone()], &x[span.clone()], &slopes[span]);
-            *sums = plane_slopes(level, to, x, slopes, [mean, inverse, weight, bias], options.silu);
+            let (to, x, grads) = (&mut grad_values[span.clone()], &x[span.clone()], &grads[span]);
+            *sums = plane_grads(level, to, x, grads, [mean, inverse, weight, bias], options.silu);
             for (total, sum) in totals.iter_mut().zip(*sums) {
                 *total += f64::from(sum) * f64::from(weight);
             }
         }
         let [average, along] = totals.map(|total| (total / size as f64) as f32);
-        for (i, (to, x)) in of_values.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
+        for (i, (to, x)) in grad_values.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
             centre_plane(level, to, x, [mean, inverse, weights[first_channel + i]], [average, along]);
         }
     });
-    let of_channel = |part: usize| -> Vec<f32> {
+    let sum_of = |part: usize| -> Vec<f32> {
         (0..channels).map(|channel| (0..batch).map(|i| sums[i * channels + channel][part]).sum()).collect()
     };
     Some([
-        wants_x.then(|| gradient(wrap(of_values, dims))),
-        wants_weight.then(|| gradient(wrap(of_channel(1), [channels]))),
-        wants_bias.then(|| gradient(wrap(of_channel(0), [channels]))),
+        wants_x.then(|| gradient(wrap(grad_values, dims))),
+        wants_weight.then(|| gradient(wrap(sum_of(1), [channels]))),
+        wants_bias.then(|| gradient(wrap(sum_of(0), [channels]))),
     ])
 }
 
 /// Slopes before the activation, and their sums, plain and times the normalised values.
-fn plane_slopes(
-    level: Level,
-    to: &mut [f32],
-    x: &[f32],
-    slopes: &[f32],
-    numbers: [f32; 4],
-    with_silu: bool,
-) -> [f32; 2] {
+fn plane_grads(level: Level, to: &mut [f32], x: &[f32], grads: &[f32], numbers: [f32; 4], with_silu: bool) -> [f32; 2] {
     with_level!(
         level,
-        fn run(to: &mut [f32], x: &[f32], slopes: &[f32], numbers: [f32; 4], with_silu: bool) -> [f32; 2] {
+        fn run(to: &mut [f32], x: &[f32], grads: &[f32], numbers: [f32; 4], with_silu: bool) -> [f32; 2] {
             let [mean, inverse, weight, bias] = numbers;
             if with_silu {
-                for ((to, x), slope) in to.iter_mut().zip(x).zip(slopes) {
-                    *to = slope * silu_slope((x - mean) * inverse * weight + bias);
+                for ((to, x), grad) in to.iter_mut().zip(x).zip(grads) {
+                    *to = grad * silu_derivative((x - mean) * inverse * weight + bias);
                 }
             } else {
-                to.copy_from_slice(slopes);
+                to.copy_from_slice(grads);
             }
-            let total = sum(to, |slope| slope);
+            let total = sum(to, |grad| grad);
             [total, product(to, x, mean) * inverse]
         }
     )

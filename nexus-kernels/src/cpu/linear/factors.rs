@@ -1,4 +1,4 @@
-//! Factors of a product, as stored or turned -> panels that have rows as lanes, and blocks of weights.
+//! Factors of a product, as stored or transposed -> panels that have rows as lanes, and blocks of weights.
 #![allow(unsafe_code)]
 
 use std::{mem::MaybeUninit, ops::Range};
@@ -13,7 +13,7 @@ use super::{
     tiles::{BLOCK, Term, panel_width},
 };
 
-/// Rows, and terms, that are turned at once.
+/// Rows, and terms, that are transposed at once.
 const SQUARE: usize = 8;
 /// Bytes that come together.
 pub(super) const LINE: usize = 64;
@@ -100,7 +100,7 @@ impl<T: Term<E>, E: Sync> Blocks<T> for RowMajor<'_, E> {
     }
 }
 
-/// `[inputs, rows]` as stored: a factor that is turned.
+/// `[inputs, rows]` as stored: a factor that is transposed.
 #[cfg(any(test, feature = "autodiff"))]
 pub(in super::super) struct ColumnMajor<'a> {
     pub(in super::super) values: &'a [f32],

@@ -1,7 +1,7 @@
 //! The gradients of attention.
 //!
 //! Scores are made again for some heads and queries at a time, as in the forward pass; a kernel makes weights and
-//! their slopes of them.
+//! their grads of them.
 //!
 //! Source: Dao et al. 2022 (arXiv 2205.14135), appendix B.2.
 
@@ -39,12 +39,12 @@ pub(super) fn attend(
     // Two matrices of scores are there at once.
     let bytes = score_bytes(&cube(qkv[0])?) / 2;
     let mut wanted = wanted.into_iter();
-    let grads = slopes(bytes, qkv, grad, scale, causal)?.map(gradient);
+    let grads = grads(bytes, qkv, grad, scale, causal)?.map(gradient);
     Some(grads.map(|grad| wanted.next().unwrap_or_default().then_some(grad)))
 }
 
 /// Gradients of q, k and v.
-fn slopes(
+fn grads(
     bytes: usize,
     [q, k, v]: [&Tensor<4>; 3],
     upstream: &Tensor<4>,
@@ -56,25 +56,25 @@ fn slopes(
     let mut gradients = [const { vec![] }; 3];
     for parts in parts(bytes, q.dims(), keys, causal) {
         // Sums over the parts are rounded once.
-        let of_sums = if parts.len() == 1 { dtype } else { DType::F32 };
-        let mut of_q = vec![];
+        let sums_dtype = if parts.len() == 1 { dtype } else { DType::F32 };
+        let mut grad_q = vec![];
         let mut sums: [Option<Tensor<4>>; 2] = [None, None];
         for part in parts {
             let (queries, upstream, keys) = (part.queries_of(q), part.queries_of(upstream), part.keys_of(&k));
             let scores = times(queries.clone(), transposed(keys.clone()), DType::F32);
-            let of_weights = times(upstream.clone(), transposed(part.keys_of(&v)), DType::F32);
-            let [weights, of_scores] = softmax_slopes(&scores, &of_weights, &part, scale, causal, dtype)?;
-            of_q.push(times(of_scores.clone(), keys, dtype));
-            let of_keys =
-                [times(transposed(of_scores), queries, of_sums), times(transposed(weights), upstream, of_sums)];
-            for (sum, part) in sums.iter_mut().zip(of_keys) {
+            let grad_weights = times(upstream.clone(), transposed(part.keys_of(&v)), DType::F32);
+            let [weights, grad_scores] = softmax_grads(&scores, &grad_weights, &part, scale, causal, dtype)?;
+            grad_q.push(times(grad_scores.clone(), keys, dtype));
+            let grad_keys =
+                [times(transposed(grad_scores), queries, sums_dtype), times(transposed(weights), upstream, sums_dtype)];
+            for (sum, part) in sums.iter_mut().zip(grad_keys) {
                 *sum = Some(match sum.take() {
                     Some(sum) => added(sum, part),
                     None => part,
                 });
             }
         }
-        gradients[0].push(joined(of_q, 2));
+        gradients[0].push(joined(grad_q, 2));
         for (gradients, sum) in gradients[1..].iter_mut().zip(sums) {
             gradients.extend(sum.map(|sum| sum.narrow(2, 0, keys)));
         }
@@ -100,25 +100,25 @@ fn times(left: Tensor<4>, right: Tensor<4>, dtype: DType) -> Tensor<4> {
     }
 }
 
-/// Weights, and the slopes of the scores, from the scores and the slopes of the weights.
-fn softmax_slopes(
+/// Weights, and the grads of the scores, from the scores and the grads of the weights.
+fn softmax_grads(
     scores: &Tensor<4>,
-    of_weights: &Tensor<4>,
+    grad_weights: &Tensor<4>,
     part: &Part,
     scale: f64,
     causal: bool,
     dtype: DType,
 ) -> Option<[Tensor<4>; 2]> {
     let [batch, heads, queries, padded] = scores.dims();
-    let (scores, of_weights) = (contiguous(scores)?, contiguous(of_weights)?);
+    let (scores, grad_weights) = (contiguous(scores)?, contiguous(grad_weights)?);
     let outputs = [(); 2].map(|()| empty_like(&scores, [batch, heads, queries, padded], dtype));
     let (rows, across) = ((batch * heads * queries) as u32, 1 << 15);
-    slopes_kernel::launch(
+    grads_kernel::launch(
         &scores.client.clone(),
         CubeCount::Static(rows.min(across), rows.div_ceil(across), 1),
         CubeDim::new_1d(UNITS as u32),
         scores.into_tensor_arg(),
-        of_weights.into_tensor_arg(),
+        grad_weights.into_tensor_arg(),
         outputs[0].clone().into_tensor_arg(),
         outputs[1].clone().into_tensor_arg(),
         rows as usize,
@@ -134,11 +134,11 @@ fn softmax_slopes(
 }
 
 #[cube(launch)]
-fn slopes_kernel<F: Float>(
+fn grads_kernel<F: Float>(
     scores: &Buffer<f32>,
-    of_weights: &Buffer<f32>,
+    grad_weights: &Buffer<f32>,
     weights: &mut Buffer<F>,
-    of_scores: &mut Buffer<F>,
+    grad_scores: &mut Buffer<F>,
     rows: usize,
     padded: usize,
     keys: usize,
@@ -160,20 +160,20 @@ fn slopes_kernel<F: Float>(
     let mut sum = f32::new(0.0);
     let mut column = unit;
     while column < visible {
-        sum += (scores[start + column] * scale - largest).exp() * share * of_weights[start + column];
+        sum += (scores[start + column] * scale - largest).exp() * share * grad_weights[start + column];
         column += units;
     }
     let average = cube_sum(sum, &mut shared, units);
     let mut column = unit;
     while column < padded {
         let mut weight = f32::new(0.0);
-        let mut slope = f32::new(0.0);
+        let mut grad = f32::new(0.0);
         if column < visible {
             weight = (scores[start + column] * scale - largest).exp() * share;
-            slope = weight * (of_weights[start + column] - average) * scale;
+            grad = weight * (grad_weights[start + column] - average) * scale;
         }
         weights[start + column] = F::cast_from(weight);
-        of_scores[start + column] = F::cast_from(slope);
+        grad_scores[start + column] = F::cast_from(grad);
         column += units;
     }
 }
@@ -190,7 +190,7 @@ mod tests {
         let [q, k, v] = [(65, 1), (70, 2), (70, 3)].map(|(tokens, seed)| input([2, 3, tokens, 8], seed));
         let grad = input([2, 3, 65, 8], 4);
         for causal in [false, true] {
-            let with = |rows: usize| slopes(rows * ROW, [&q, &k, &v], &grad, 0.5, causal).unwrap();
+            let with = |rows: usize| grads(rows * ROW, [&q, &k, &v], &grad, 0.5, causal).unwrap();
             let whole = with(3 * 65);
             let largest = whole[1].clone().abs().max().into_data().try_into_vec_as::<f32>().unwrap();
             assert!(largest[0] > 1e-2);

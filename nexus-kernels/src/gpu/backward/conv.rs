@@ -33,7 +33,7 @@ pub(super) fn backward(
         false => None,
     };
     let grad_weight = match wants_weight {
-        true => Some(gradient::<4>(weight_slopes(patches, x, grad)?.reshape(weight.shape()))),
+        true => Some(gradient::<4>(weight_grad(patches, x, grad)?.reshape(weight.shape()))),
         false => None,
     };
     let grad_bias = wants_bias.then(|| {
@@ -45,15 +45,15 @@ pub(super) fn backward(
 }
 
 /// `[outputs, inputs * kernel * kernel]`, in f32.
-fn weight_slopes(patches: Patches, x: &Tensor<4>, upstream: &Tensor<4>) -> Option<Tensor<2>> {
-    let [batch, outputs, _, width] = upstream.dims();
+fn weight_grad(patches: Patches, x: &Tensor<4>, grad: &Tensor<4>) -> Option<Tensor<2>> {
+    let [batch, outputs, _, width] = grad.dims();
     // Copied here if it has to be, and not for every part.
     let x = &tensor(contiguous(x)?);
     let mut sum: Option<Tensor<2>> = None;
     for sample in 0..batch {
         for (row, rows) in patches.parts(x)? {
-            let slopes = upstream.clone().narrow(0, sample, 1).narrow(2, row, rows).reshape([outputs, rows * width]);
-            let part = product(slopes, transposed(patches.columns(x, sample, row, rows)?), DType::F32)?;
+            let grads = grad.clone().narrow(0, sample, 1).narrow(2, row, rows).reshape([outputs, rows * width]);
+            let part = product(grads, transposed(patches.columns(x, sample, row, rows)?), DType::F32)?;
             sum = Some(match sum {
                 Some(sum) => sum + part,
                 None => part,

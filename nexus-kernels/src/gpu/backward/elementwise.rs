@@ -38,7 +38,7 @@ pub(super) fn activate<const D: usize>(
     let outputs = shapes.map(|shape| empty_like(&grad, shape, x.dtype()));
     let total = x_rows.count * x_rows.width / vector;
     let cube_dim = CubeDim::new(&client, total);
-    slopes_kernel::launch(
+    derivative_kernel::launch(
         &client,
         calculate_cube_count_elemwise(&client, total, cube_dim),
         cube_dim,
@@ -65,12 +65,12 @@ pub(super) fn activate<const D: usize>(
 }
 
 #[cube(launch)]
-fn slopes_kernel<F: Float, N: Size>(
+fn derivative_kernel<F: Float, N: Size>(
     x: &Buffer<Vector<F, N>>,
     up: &Buffer<Vector<F, N>>,
     upstream: &Buffer<Vector<F, N>>,
-    of_x: &mut Buffer<Vector<F, N>>,
-    of_up: &mut Buffer<Vector<F, N>>,
+    grad_x: &mut Buffer<Vector<F, N>>,
+    grad_up: &mut Buffer<Vector<F, N>>,
     total: usize,
     width: usize,
     inner: usize,
@@ -90,18 +90,18 @@ fn slopes_kernel<F: Float, N: Size>(
     let column = ABSOLUTE_POS % width;
     let at = row / inner * outer_stride + row % inner * inner_stride + column;
     let value = Vector::<f32, N>::cast_from(x[at]);
-    let mut slope = Vector::<f32, N>::cast_from(upstream[ABSOLUTE_POS]);
+    let mut grad = Vector::<f32, N>::cast_from(upstream[ABSOLUTE_POS]);
     if times {
-        of_up[ABSOLUTE_POS] = Vector::cast_from(slope * forward::activated::<N>(value, function));
+        grad_up[ABSOLUTE_POS] = Vector::cast_from(grad * forward::activated::<N>(value, function));
         let at = row / up_inner * up_outer_stride + row % up_inner * up_inner_stride + column;
-        slope *= Vector::cast_from(up[at]);
+        grad *= Vector::cast_from(up[at]);
     }
-    of_x[ABSOLUTE_POS] = Vector::cast_from(slope * slope_at::<N>(value, function));
+    grad_x[ABSOLUTE_POS] = Vector::cast_from(grad * derivative_at::<N>(value, function));
 }
 
-/// The slope of an activation.
+/// The derivative of an activation.
 #[cube]
-fn slope_at<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vector<f32, N> {
+fn derivative_at<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vector<f32, N> {
     let one = Vector::new(1.0f32);
     match function {
         Function::Silu => {
@@ -113,12 +113,12 @@ fn slope_at<N: Size>(x: Vector<f32, N>, #[comptime] function: Function) -> Vecto
             normal + x * Vector::new(DENSITY_AT_ZERO) * (x * x * Vector::new(-0.5f32)).exp()
         }
         Function::GeluTanh => {
-            // Beyond these the slope is 0 or 1, and the cube of more would overflow.
+            // Beyond these the derivative is 0 or 1, and the cube of more would overflow.
             let x = max(min(x, Vector::new(100.0f32)), Vector::new(-100.0f32));
             let inner = (x + x * x * x * Vector::new(0.044715f32)) * Vector::new(-TWO_SQRT_2_OVER_PI);
             let sigmoid = one / (one + inner.exp());
-            let slope = Vector::new(TWO_SQRT_2_OVER_PI) * (one + x * x * Vector::new(0.134145f32));
-            sigmoid + x * sigmoid * (one - sigmoid) * slope
+            let inner_derivative = Vector::new(TWO_SQRT_2_OVER_PI) * (one + x * x * Vector::new(0.134145f32));
+            sigmoid + x * sigmoid * (one - sigmoid) * inner_derivative
         }
         Function::QuickGelu => {
             let steep = x * Vector::new(1.702f32);

@@ -35,7 +35,7 @@ pub(super) fn normalize<const D: usize>(
     }
     match norm {
         Norm::Layer => {
-            let (grad_x, _) = slopes::<D, 1>(x, grad, None, Kind::Layer, epsilon)?;
+            let (grad_x, _) = grads::<D, 1>(x, grad, None, Kind::Layer, epsilon)?;
             Some([wanted[0].then(|| gradient(grad_x)), None, None])
         }
         Norm::Rms { weight } => affine([x, grad], weight, Kind::Rms, epsilon, wanted),
@@ -55,7 +55,7 @@ fn affine<const D: usize, const F: usize>(
     if factors.dims()[F - 1] != x.dims()[D - 1] {
         return None;
     }
-    let (grad_x, statistics) = slopes(x, grad, Some(factors), kind, epsilon)?;
+    let (grad_x, statistics) = grads(x, grad, Some(factors), kind, epsilon)?;
     let grad_x = wants_x.then(|| gradient(grad_x));
     if !wants_factors && !wants_addends {
         return Some([grad_x, None, None]);
@@ -67,7 +67,7 @@ fn affine<const D: usize, const F: usize>(
 }
 
 /// Gradients of the rows, and of each row its mean and the inverse of its deviation, `[rows, 2]`.
-fn slopes<const D: usize, const F: usize>(
+fn grads<const D: usize, const F: usize>(
     values: &Tensor<D>,
     upstream: &Tensor<D>,
     factors: Option<&Tensor<F>>,
@@ -86,7 +86,7 @@ fn slopes<const D: usize, const F: usize>(
     let statistics = empty_like(&upstream, [x.count, 2], DType::F32);
     let dtypes = [element(upstream.dtype)?, element(x.tensor.dtype)?, element(factors.tensor.dtype)?];
     let (count, across) = (x.count as u32, 1 << 15);
-    slopes_kernel::launch(
+    grad_kernel::launch(
         &client,
         CubeCount::Static(count.min(across), count.div_ceil(across), 1),
         CubeDim::new_1d(units as u32),
@@ -113,7 +113,7 @@ fn slopes<const D: usize, const F: usize>(
 }
 
 #[cube(launch)]
-fn slopes_kernel<G: Float, F: Float, W: Float, N: Size>(
+fn grad_kernel<G: Float, F: Float, W: Float, N: Size>(
     x: &Buffer<Vector<F, N>>,
     upstream: &Buffer<Vector<G, N>>,
     factors: &Buffer<Vector<W, N>>,
@@ -156,11 +156,11 @@ fn slopes_kernel<G: Float, F: Float, W: Float, N: Size>(
     let mut column = unit;
     while column < width {
         let centred = Vector::<f32, N>::cast_from(x[start + column]) - Vector::new(mean);
-        let slope = Vector::<f32, N>::cast_from(upstream[row * width + column])
+        let grad = Vector::<f32, N>::cast_from(upstream[row * width + column])
             * factor_at::<W, N>(factors, factor_start + column, kind);
         squares += centred * centred;
-        along += centred * slope;
-        total += slope;
+        along += centred * grad;
+        total += grad;
         column += units;
     }
     let inverse = (cube_sum(squares.vector_sum(), &mut shared, units) * share + epsilon).inverse_sqrt();
@@ -172,9 +172,9 @@ fn slopes_kernel<G: Float, F: Float, W: Float, N: Size>(
     let mut column = unit;
     while column < width {
         let centred = Vector::<f32, N>::cast_from(x[start + column]) - Vector::new(mean);
-        let slope = Vector::<f32, N>::cast_from(upstream[row * width + column])
+        let grad = Vector::<f32, N>::cast_from(upstream[row * width + column])
             * factor_at::<W, N>(factors, factor_start + column, kind);
-        let y = (slope - Vector::new(average) - centred * Vector::new(along)) * Vector::new(inverse);
+        let y = (grad - Vector::new(average) - centred * Vector::new(along)) * Vector::new(inverse);
         output[row * width + column] = Vector::cast_from(y);
         column += units;
     }

@@ -105,15 +105,15 @@ fn sums_kernel<G: Float, F: Float, N: Size>(
     let mut sums = Vector::<f32, N>::new(0.0f32);
     let mut row = first;
     while row < end {
-        let slope = Vector::<f32, N>::cast_from(upstream[row * width + column]);
+        let grad = Vector::<f32, N>::cast_from(upstream[row * width + column]);
         let at = row / inner * outer_stride + row % inner * inner_stride + column;
         let mut value = Vector::<f32, N>::cast_from(values[at]);
         if normed {
             value = (value - Vector::new(statistics[2 * row])) * Vector::new(statistics[2 * row + 1]);
         }
-        products += slope * value;
+        products += grad * value;
         if plain {
-            sums += slope;
+            sums += grad;
         }
         row += 1;
     }

@@ -42,7 +42,7 @@ pub(super) struct Sums<'a, E> {
     upstream: [&'a mut [f32]; 2],
     /// `log2` of each row's sum of exponentials.
     log_totals: &'a mut [f32],
-    /// Mean slope of each row's weights.
+    /// Mean grad of each row's weights.
     means: &'a mut [f32],
     /// k: `[lanes, KEYS]` and `[KEYS / PER_LANE, width]`.
     k: [&'a mut [f32]; 2],
@@ -51,13 +51,13 @@ pub(super) struct Sums<'a, E> {
     /// Scores, then weights: `[ROWS, KEYS]`.
     weights: &'a mut [f32],
     /// Slopes of the weights, then of the scores: `[ROWS, KEYS]`.
-    slopes: &'a mut [f32],
+    grads: &'a mut [f32],
     /// `[ROWS / PER_LANE, KEYS]`.
     pairs: &'a mut [f32],
     /// `[rows, width]`.
-    of_q: &'a mut [f32],
+    grad_q: &'a mut [f32],
     /// For k and v: `[KEYS, width]`.
-    of_keys: [&'a mut [f32]; 2],
+    grad_keys: [&'a mut [f32]; 2],
     stored: PhantomData<E>,
 }
 
@@ -65,21 +65,21 @@ impl<'a, E: Packed> Sums<'a, E> {
     /// Zeros for so many rows, in `memory`, which grows as needed.
     pub(super) fn new<S: Simd>(memory: &'a mut Vec<f32>, options: Options, rows: usize) -> Self {
         let (lanes, width) = (options.dim / E::PER_LANE, options.dim.next_multiple_of(S::LANES));
-        let [of_rows, of_terms, of_keys] = [rows * lanes, rows.div_ceil(E::PER_LANE) * width, lanes * KEYS];
+        let [rows_len, terms_len, keys_len] = [rows * lanes, rows.div_ceil(E::PER_LANE) * width, lanes * KEYS];
         let [key_terms, pairs] = [KEYS, ROWS].map(|rows| rows / E::PER_LANE);
         #[rustfmt::skip]
         let lens = [
-            of_rows, of_terms, of_rows, of_terms, rows, rows, rows * width,
-            of_keys, of_keys, key_terms * width, KEYS * width, KEYS * width,
+            rows_len, terms_len, rows_len, terms_len, rows, rows, rows * width,
+            keys_len, keys_len, key_terms * width, KEYS * width, KEYS * width,
             ROWS * KEYS, ROWS * KEYS, pairs * KEYS,
         ];
         #[rustfmt::skip]
         let [
-            q_rows, q_terms, upstream_rows, upstream_terms, log_totals, means, of_q,
-            k, v, k_terms, of_k, of_v,
-            weights, slopes, pairs,
+            q_rows, q_terms, upstream_rows, upstream_terms, log_totals, means, grad_q,
+            k, v, k_terms, grad_k, grad_v,
+            weights, grads, pairs,
         ] = parts(memory, lens);
-        of_q.fill(0.0);
+        grad_q.fill(0.0);
         Self {
             options,
             lanes,
@@ -91,10 +91,10 @@ impl<'a, E: Packed> Sums<'a, E> {
             k: [k, k_terms],
             v,
             weights,
-            slopes,
+            grads,
             pairs,
-            of_q,
-            of_keys: [of_k, of_v],
+            grad_q,
+            grad_keys: [grad_k, grad_v],
             stored: PhantomData,
         }
     }
@@ -117,7 +117,7 @@ impl<'a, E: Packed> Sums<'a, E> {
         }
         for (at, (total, mean)) in self.log_totals.iter_mut().zip(self.means.iter_mut()).enumerate() {
             *total = log_total(at);
-            // The mean of the values' slopes is the slope of their mean.
+            // The mean of the values' grads is the grad of their mean.
             // SAFETY: the caller's condition.
             *mean = unsafe { dot::<S, E>(upstream(at), mixed(at)) };
         }
@@ -136,7 +136,7 @@ impl<'a, E: Packed> Sums<'a, E> {
             pack_keys::<S, E>(shape, count, v, self.v);
         }
         pack_terms(count, k, self.width, self.k[1]);
-        self.of_keys.iter_mut().for_each(|sums| sums.fill(0.0));
+        self.grad_keys.iter_mut().for_each(|sums| sums.fill(0.0));
     }
 
     /// Adds what up to [`ROWS`] rows, from an even one on, and the keys give, of which row `r` sees the first `visible(r)`.
@@ -152,51 +152,52 @@ impl<'a, E: Packed> Sums<'a, E> {
         let (lanes, width, padded) = (self.lanes, self.width, most.next_multiple_of(S::LANES));
         let (from_row, from_term) = (rows.start * lanes, rows.start / E::PER_LANE * width);
         self.weights.fill(0.0);
-        self.slopes.fill(0.0);
+        self.grads.fill(0.0);
         // SAFETY: the caller's condition, here and below.
         unsafe {
             let shape = [live, padded, lanes];
             let (q, upstream) = (by_row(&self.q[0][from_row..], lanes), by_row(&self.upstream[0][from_row..], lanes));
             multiply_add::<S, E, C>(shape, q, right(self.k[0], KEYS), self.weights, KEYS);
-            multiply_add::<S, E, C>(shape, upstream, right(self.v, KEYS), self.slopes, KEYS);
+            multiply_add::<S, E, C>(shape, upstream, right(self.v, KEYS), self.grads, KEYS);
         }
-        let blocks = self.weights.chunks_exact_mut(KEYS).zip(self.slopes.chunks_exact_mut(KEYS));
-        for (row, (weights, slopes)) in rows.clone().zip(blocks) {
-            let of_row = [self.options.scale, self.log_totals[row], self.means[row]];
+        let blocks = self.weights.chunks_exact_mut(KEYS).zip(self.grads.chunks_exact_mut(KEYS));
+        for (row, (weights, grads)) in rows.clone().zip(blocks) {
+            let numbers = [self.options.scale, self.log_totals[row], self.means[row]];
             // SAFETY: as above.
-            unsafe { weigh::<S>(&mut weights[..padded], &mut slopes[..padded], visible(row), of_row) };
+            unsafe { weigh::<S>(&mut weights[..padded], &mut grads[..padded], visible(row), numbers) };
         }
-        let ([wants_q, wants_k, wants_v], [of_k, of_v]) = (self.options.wanted, &mut self.of_keys);
+        let ([wants_q, wants_k, wants_v], [grad_k, grad_v]) = (self.options.wanted, &mut self.grad_keys);
         let shape = [most, width, live.div_ceil(E::PER_LANE)];
         // SAFETY: as above.
         unsafe {
             if wants_v {
-                let weights = turned(pair_rows::<S, E>([live, padded], self.weights, self.pairs));
-                multiply_add::<S, E, C>(shape, weights, right(&self.upstream[1][from_term..], width), of_v, width);
+                let weights = transposed(pair_rows::<S, E>([live, padded], self.weights, self.pairs));
+                multiply_add::<S, E, C>(shape, weights, right(&self.upstream[1][from_term..], width), grad_v, width);
             }
             if wants_k {
-                let slopes = turned(pair_rows::<S, E>([live, padded], self.slopes, self.pairs));
-                multiply_add::<S, E, C>(shape, slopes, right(&self.q[1][from_term..], width), of_k, width);
+                let grads = transposed(pair_rows::<S, E>([live, padded], self.grads, self.pairs));
+                multiply_add::<S, E, C>(shape, grads, right(&self.q[1][from_term..], width), grad_k, width);
             }
             if wants_q {
-                for row in self.slopes.chunks_exact_mut(KEYS).take(live) {
+                for row in self.grads.chunks_exact_mut(KEYS).take(live) {
                     E::round::<S>(&mut row[..padded]);
                 }
-                let (shape, of_q) = ([live, width, most.div_ceil(E::PER_LANE)], &mut self.of_q[rows.start * width..]);
-                multiply_add::<S, E, C>(shape, by_row(self.slopes, KEYS), right(self.k[1], width), of_q, width);
+                let (shape, grad_q) =
+                    ([live, width, most.div_ceil(E::PER_LANE)], &mut self.grad_q[rows.start * width..]);
+                multiply_add::<S, E, C>(shape, by_row(self.grads, KEYS), right(self.k[1], width), grad_q, width);
             }
         }
     }
 
     /// The gradient of a row of q, after all keys.
-    pub(super) fn of_row(&mut self, row: usize) -> &[f32] {
-        scaled(&mut self.of_q[row * self.width..][..self.options.dim], self.options.scale * LN_2)
+    pub(super) fn grad_row(&mut self, row: usize) -> &[f32] {
+        scaled(&mut self.grad_q[row * self.width..][..self.options.dim], self.options.scale * LN_2)
     }
 
     /// The gradients of a key and a value, after all rows.
-    pub(super) fn of_key(&mut self, key: usize) -> [&[f32]; 2] {
-        let [of_k, of_v] = self.of_keys.each_mut().map(|sums| &mut sums[key * self.width..][..self.options.dim]);
-        [scaled(of_k, self.options.scale * LN_2), of_v]
+    pub(super) fn grad_key(&mut self, key: usize) -> [&[f32]; 2] {
+        let [grad_k, grad_v] = self.grad_keys.each_mut().map(|sums| &mut sums[key * self.width..][..self.options.dim]);
+        [scaled(grad_k, self.options.scale * LN_2), grad_v]
     }
 }
 
@@ -209,7 +210,7 @@ fn by_row(values: &[f32], stride: usize) -> Left<'_> {
     Left { values, strides: [stride, 1] }
 }
 
-fn turned(values: &[f32]) -> Left<'_> {
+fn transposed(values: &[f32]) -> Left<'_> {
     Left { values, strides: [1, KEYS] }
 }
 
@@ -226,23 +227,23 @@ fn pack_terms<'r, E: Packed>(rows: usize, row: impl Fn(usize) -> &'r [E], width:
     }
 }
 
-/// Turns scores and slopes of weights, whole vectors, into weights and slopes of scores; both are zero from `visible` on.
+/// Turns scores and grads of weights, whole vectors, into weights and grads of scores; both are zero from `visible` on.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`.
 #[inline(always)]
-unsafe fn weigh<S: Simd>(scores: &mut [f32], slopes: &mut [f32], visible: usize, [scale, log_total, mean]: [f32; 3]) {
+unsafe fn weigh<S: Simd>(scores: &mut [f32], grads: &mut [f32], visible: usize, [scale, log_total, mean]: [f32; 3]) {
     // SAFETY: the caller's condition; a chunk is one vector.
     unsafe {
         let (scale, log_total, mean) = (S::splat(scale), S::splat(log_total), S::splat(mean));
-        for (scores, slopes) in scores.chunks_exact_mut(S::LANES).zip(slopes.chunks_exact_mut(S::LANES)) {
+        for (scores, grads) in scores.chunks_exact_mut(S::LANES).zip(grads.chunks_exact_mut(S::LANES)) {
             let weight = exp2(S::load(scores.as_ptr()).mul(scale).sub(log_total));
             weight.store(scores.as_mut_ptr());
-            weight.mul(S::load(slopes.as_ptr()).sub(mean)).store(slopes.as_mut_ptr());
+            weight.mul(S::load(grads.as_ptr()).sub(mean)).store(grads.as_mut_ptr());
         }
     }
     scores[visible..].fill(0.0);
-    slopes[visible..].fill(0.0);
+    grads[visible..].fill(0.0);
 }
 
 /// Lanes of `[rows, columns]` values of neighbouring rows, `KEYS` apart, in `to` if a lane holds two.
