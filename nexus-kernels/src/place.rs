@@ -2,10 +2,9 @@
 
 #[cfg(feature = "autodiff")]
 use burn::backend::GradientCheckpointingStrategy;
-use burn::{
-    backend::DispatchDevice,
-    tensor::{DType, Device, Tensor},
-};
+#[cfg(feature = "autodiff")]
+use burn::tensor::DType;
+use burn::tensor::{Device, Tensor};
 
 /// Whose operations take some tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +28,17 @@ pub(crate) enum Place {
 /// Device and dtype of a tensor.
 pub(crate) struct At {
     device: Device,
+    #[cfg(feature = "autodiff")]
     dtype: DType,
 }
 
 /// Where a tensor is.
 pub(crate) fn at<const D: usize>(tensor: &Tensor<D>) -> At {
-    At { device: tensor.device(), dtype: tensor.dtype() }
+    At {
+        device: tensor.device(),
+        #[cfg(feature = "autodiff")]
+        dtype: tensor.dtype(),
+    }
 }
 
 impl Place {
@@ -46,9 +50,9 @@ impl Place {
         }
         match tensors.first().map(|at| at.device.as_dispatch()) {
             #[cfg(feature = "cpu")]
-            Some(DispatchDevice::Flex(_)) => Self::Cpu,
+            Some(burn::backend::DispatchDevice::Flex(_)) => Self::Cpu,
             #[cfg(feature = "gpu")]
-            Some(DispatchDevice::Cube(_)) => Self::Gpu,
+            Some(burn::backend::DispatchDevice::Cube(_)) => Self::Gpu,
             _ => Self::Other,
         }
     }
@@ -59,7 +63,7 @@ impl Place {
     #[cfg(feature = "autodiff")]
     fn tracked(tensors: &[At]) -> Option<Self> {
         let tracked = tensors.iter().filter_map(|at| match at.device.as_dispatch() {
-            DispatchDevice::Autodiff(device) => Some(device),
+            burn::backend::DispatchDevice::Autodiff(device) => Some(device),
             _ => None,
         });
         let device = tracked.clone().next()?.clone();
@@ -72,9 +76,11 @@ impl Place {
         let all_are = |dtypes: &[DType]| tensors.iter().all(|at| dtypes.contains(&at.dtype));
         Some(match device.inner() {
             #[cfg(feature = "cpu")]
-            DispatchDevice::Flex(_) if all_are(&[DType::F32, DType::BF16]) => Self::TrackedCpu,
+            burn::backend::DispatchDevice::Flex(_) if all_are(&[DType::F32, DType::BF16]) => Self::TrackedCpu,
             #[cfg(feature = "gpu")]
-            DispatchDevice::Cube(_) if all_are(&[DType::F32, DType::BF16, DType::F16]) => Self::TrackedGpu,
+            burn::backend::DispatchDevice::Cube(_) if all_are(&[DType::F32, DType::BF16, DType::F16]) => {
+                Self::TrackedGpu
+            }
             _ => {
                 let _ = all_are;
                 Self::Other
