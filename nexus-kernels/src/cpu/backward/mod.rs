@@ -75,7 +75,9 @@ impl Backward for Flex {
     }
 
     fn activate_backward<const D: usize>(function: Function, x: &Tensor<D>, grad: Tensor<D>) -> Gradient {
-        fast_or(elementwise::activate(function, x, grad).map(gradient), |grad| plain::activate(function, x, grad))
+        fast_or(elementwise::activate(function, x, grad).map(gradient), |grad| {
+            plain::activate::<Self, D>(function, x, grad)
+        })
     }
 
     fn activate_times_backward<const D: usize>(
@@ -85,7 +87,7 @@ impl Backward for Flex {
         wanted: [bool; 2],
     ) -> [Option<Gradient>; 2] {
         fast_or(elementwise::activate_times(function, inputs, grad, wanted), |grad| {
-            plain::activate_times(function, inputs, grad, wanted)
+            plain::activate_times::<Self, D>(function, inputs, grad, wanted)
         })
     }
 
@@ -95,7 +97,9 @@ impl Backward for Flex {
         grad: Tensor<3>,
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
-        fast_or(elementwise::gated_residual(gate, y, grad, wanted), |grad| plain::gated_residual(gate, y, grad, wanted))
+        fast_or(elementwise::gated_residual(gate, y, grad, wanted), |grad| {
+            plain::gated_residual::<Self>(gate, y, grad, wanted)
+        })
     }
 
     fn normalize_backward<const D: usize>(
@@ -106,7 +110,7 @@ impl Backward for Flex {
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
         fast(norm::normalize(x, norm, epsilon, &grad, wanted))
-            .unwrap_or_else(|| plain::normalize(x, norm, epsilon, grad, wanted))
+            .unwrap_or_else(|| plain::normalize::<Self, D>(x, norm, epsilon, grad, wanted))
     }
 
     fn group_norm_backward(
@@ -115,7 +119,8 @@ impl Backward for Flex {
         grad: Tensor<4>,
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
-        fast(norm::group_norm(x, options, &grad, wanted)).unwrap_or_else(|| plain::group_norm(x, options, grad, wanted))
+        fast(norm::group_norm(x, options, &grad, wanted))
+            .unwrap_or_else(|| plain::group_norm::<Self>(x, options, grad, wanted))
     }
 
     fn attention_forward(qkv: [&Tensor<4>; 3], options: &Attention<'_>) -> Option<(Tensor<3>, Kept)> {
@@ -134,7 +139,8 @@ impl Backward for Flex {
     }
 
     fn conv2d_backward(x: &Tensor<4>, filter: &Filter, grad: Tensor<4>, wanted: [bool; 3]) -> [Option<Gradient>; 3] {
-        fast(conv::backward(x, filter, &grad, wanted, false)).unwrap_or_else(|| plain::conv2d(x, filter, grad, wanted))
+        fast(conv::backward(x, filter, &grad, wanted, false))
+            .unwrap_or_else(|| plain::conv2d::<Self>(x, filter, grad, wanted))
     }
 
     fn upsample_conv2d_backward(
@@ -144,6 +150,6 @@ impl Backward for Flex {
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
         fast(conv::backward(x, filter, &grad, wanted, true))
-            .unwrap_or_else(|| plain::upsample_conv2d(x, filter, grad, wanted))
+            .unwrap_or_else(|| plain::upsample_conv2d::<Self>(x, filter, grad, wanted))
     }
 }

@@ -44,7 +44,7 @@ impl Backward for Cube {
     fn activate_backward<const D: usize>(function: Function, x: &Tensor<D>, grad: Tensor<D>) -> Gradient {
         let kernel = fast(elementwise::activate(function, x, None, &grad));
         let grad_x = kernel.and_then(|[grad_x, _]| grad_x);
-        grad_x.map_or_else(|| plain::activate(function, x, grad), gradient)
+        grad_x.map_or_else(|| plain::activate::<Self, D>(function, x, grad), gradient)
     }
 
     fn activate_times_backward<const D: usize>(
@@ -55,7 +55,7 @@ impl Backward for Cube {
     ) -> [Option<Gradient>; 2] {
         match fast(elementwise::activate(function, inputs[0], Some(inputs[1]), &grad)) {
             Some([x, y]) => [x.filter(|_| wanted[0]).map(gradient), y.filter(|_| wanted[1]).map(gradient)],
-            None => plain::activate_times(function, inputs, grad, wanted),
+            None => plain::activate_times::<Self, D>(function, inputs, grad, wanted),
         }
     }
 
@@ -66,7 +66,7 @@ impl Backward for Cube {
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
         fast(elementwise::gated_residual(gate, y, &grad, wanted))
-            .unwrap_or_else(|| plain::gated_residual(gate, y, grad, wanted))
+            .unwrap_or_else(|| plain::gated_residual::<Self>(gate, y, grad, wanted))
     }
 
     fn normalize_backward<const D: usize>(
@@ -77,7 +77,7 @@ impl Backward for Cube {
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
         fast(norm::normalize(x, norm, epsilon, &grad, wanted))
-            .unwrap_or_else(|| plain::normalize(x, norm, epsilon, grad, wanted))
+            .unwrap_or_else(|| plain::normalize::<Self, D>(x, norm, epsilon, grad, wanted))
     }
 
     fn attention_backward(
@@ -98,10 +98,10 @@ impl Backward for Cube {
         wanted: [bool; 3],
     ) -> [Option<Gradient>; 3] {
         fast(attention::attend(qkv, scale, causal, &grad, wanted))
-            .unwrap_or_else(|| plain::attend(qkv, scale, causal, grad, wanted))
+            .unwrap_or_else(|| plain::attend::<Self>(qkv, scale, causal, grad, wanted))
     }
 
     fn conv2d_backward(x: &Tensor<4>, filter: &Filter, grad: Tensor<4>, wanted: [bool; 3]) -> [Option<Gradient>; 3] {
-        fast(conv::backward(x, filter, &grad, wanted)).unwrap_or_else(|| plain::conv2d(x, filter, grad, wanted))
+        fast(conv::backward(x, filter, &grad, wanted)).unwrap_or_else(|| plain::conv2d::<Self>(x, filter, grad, wanted))
     }
 }
