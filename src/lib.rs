@@ -34,7 +34,8 @@
 //! | [`vision_encoder`] | pixel patches -> [`ImageEmbeds`] |
 //! | [`ar`] | token ids and [`ImageEmbeds`] -> text and new [`ImageEmbeds`] |
 //! | [`diffusion`] | [`ImageEmbeds`] -> pixels |
-//! | [`core`] | what they share: embeddings, checkpoints, neural-network blocks |
+//! | [`core`] | what they share: embeddings, configuration files, neural-network blocks |
+//! | [`checkpoint`] | files of weights <-> modules |
 //!
 //! # Features
 //! Backends; any set can be compiled into one program, and [`device`] chooses at run time.
@@ -45,7 +46,7 @@
 //! | `wgpu` | GPUs through WebGPU: `wgpu:0` |
 //! | `vulkan` | GPUs through Vulkan: `vulkan:0` |
 //! | `metal` | Apple GPUs: `metal:0` |
-//! | `cuda` | NVIDIA GPUs: `cuda:0` |
+//! | `cuda`, `cuda-nvrtc` | NVIDIA GPUs, their kernels compiled by LLVM or by NVRTC: `cuda:0` |
 //! | `rocm` | AMD GPUs: `rocm:0` |
 //!
 //! Beside them: `gif` and `webp` (default) read pictures in these formats too, `manifest` lets [`checkpoint`] record and
@@ -59,7 +60,7 @@
 //! | with bf16 | bf16 | bf16 | f32 |
 //! | without bf16 | f32 | f32 | f32 |
 //!
-//! `train` (default) adds the module `train`: recipes, runs and the objectives of every part.
+//! Training is a crate that one adds: `nexus-train`.
 
 mod conversation;
 mod conversation_file;

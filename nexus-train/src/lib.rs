@@ -4,7 +4,7 @@
 //! use nexus_train::{Recipe, train, unobserved};
 //!
 //! let device = nexus::device("cpu")?;
-//! let recipe = Recipe::read("recipes/autoregressive.json")?;
+//! let recipe = Recipe::read("recipe.json")?;
 //! let outcome = train(&recipe, "models", "runs/ar", &device, &mut unobserved)?;
 //! println!("{outcome:?}");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
