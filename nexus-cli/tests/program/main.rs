@@ -40,7 +40,9 @@ impl Ran {
     fn assert_error(&self, code: i32, text: &str) {
         assert_eq!(self.code, code, "{}", self.stderr);
         assert!(self.stderr.contains(text), "`{text}` is not in {:?}", self.stderr);
-        assert_eq!(self.stderr.matches("error:").count(), 1, "{:?}", self.stderr);
+        // Drivers of GPUs say why they are not there, each in its own way.
+        let said = self.stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR") && !line.contains("EGL"));
+        assert_eq!(said.map(|line| line.matches("error:").count()).sum::<usize>(), 1, "{:?}", self.stderr);
         assert_eq!(self.stdout, "");
     }
 }

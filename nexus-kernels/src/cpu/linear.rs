@@ -49,7 +49,7 @@ pub(crate) fn linear<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>, bias: Op
     }
     let weight = View::of(weight)?;
     let x = View::of(x)?.into_contiguous();
-    let bias = bias.map(|bias| View::of(bias)?.to_f32()).map_or(Some(vec![0.0; outputs]), |bias| bias)?;
+    let bias = bias.map(|bias| View::of(bias)?.into_f32()).map_or(Some(vec![0.0; outputs]), |bias| bias)?;
     let layer = Layer { bias: &bias, rows, inputs, outputs };
     shape[D - 1] = outputs;
     let level = Level::detect();

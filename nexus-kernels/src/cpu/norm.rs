@@ -192,7 +192,7 @@ fn values_of(weight: &Tensor<1>, count: usize) -> Option<Vec<f32>> {
     if weight.dims() != [count] {
         return None;
     }
-    View::of(weight)?.to_f32()
+    View::of(weight)?.into_f32()
 }
 
 /// The mean of some values, and the sum of the squares of their differences to it.

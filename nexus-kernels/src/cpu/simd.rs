@@ -287,18 +287,22 @@ mod x86 {
         const LANES: usize = 8;
         #[inline(always)]
         unsafe fn zero() -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_setzero_ps()) }
         }
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_set1_ps(value)) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_loadu_ps(from)) }
         }
         #[inline(always)]
         unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: the contract of this function.
             unsafe {
                 let halves = _mm_loadu_si128(from.cast());
                 Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves))))
@@ -306,38 +310,47 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
+            // SAFETY: the contract of this function.
             unsafe { _mm256_storeu_ps(to, self.0) }
         }
         #[inline(always)]
         unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_fmadd_ps(self.0, factor.0, addend.0)) }
         }
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_add_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_sub_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_mul_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_max_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn low_bits_as_exponent(self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))) }
         }
         #[inline(always)]
         unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe {
                 let mask = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
                 let first = |lanes| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(lanes)));
@@ -348,6 +361,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+            // SAFETY: the contract of this function.
             unsafe {
                 let [a, b, c, d, e, f, g, h] = rows.map(|row| _mm256_loadu_ps(row));
                 let pairs = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -369,18 +383,22 @@ mod x86 {
         const LANES: usize = 16;
         #[inline(always)]
         unsafe fn zero() -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_setzero_ps()) }
         }
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_set1_ps(value)) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_loadu_ps(from)) }
         }
         #[inline(always)]
         unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: the contract of this function.
             unsafe {
                 let halves = _mm256_loadu_si256(from.cast());
                 Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))))
@@ -388,38 +406,47 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
+            // SAFETY: the contract of this function.
             unsafe { _mm512_storeu_ps(to, self.0) }
         }
         #[inline(always)]
         unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_fmadd_ps(self.0, factor.0, addend.0)) }
         }
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_add_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_max_ps(self.0, other.0)) }
         }
         #[inline(always)]
         unsafe fn low_bits_as_exponent(self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
         }
         #[inline(always)]
         unsafe fn add_pair_products(self, factors: Self, addend: Self) -> Self {
+            // SAFETY: the contract of this function.
             unsafe {
                 // Registers of 16 floats and of 32 bf16 are the same.
                 let pairs = |lanes: __m512| std::mem::transmute::<__m512, __m512bh>(lanes);
@@ -428,6 +455,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn store_bf16(self, to: *mut bf16) {
+            // SAFETY: the contract of this function.
             unsafe { to.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(self.0)) }
         }
         #[cfg(feature = "autodiff")]
@@ -437,10 +465,12 @@ mod x86 {
             let wide = |lanes: Self| unsafe {
                 _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(lanes.0)))
             };
+            // SAFETY: the contract of this function.
             unsafe { Self(_mm512_castsi512_ps(_mm512_or_si512(wide(self), _mm512_slli_epi32::<16>(wide(second))))) }
         }
         #[inline(always)]
         unsafe fn transpose_8x8(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+            // SAFETY: the contract of this function.
             unsafe { Avx2::transpose_8x8(rows, to, stride) }
         }
     }

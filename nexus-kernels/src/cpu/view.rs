@@ -53,7 +53,7 @@ impl View {
     }
 
     /// The values in row-major order, as f32; a copy. `None` for dtypes that are not floats.
-    pub(crate) fn to_f32(self) -> Option<Vec<f32>> {
+    pub(crate) fn into_f32(self) -> Option<Vec<f32>> {
         let view = self.into_contiguous();
         match view.dtype() {
             DType::F32 => view.contiguous::<f32>().map(<[f32]>::to_vec),
@@ -99,7 +99,7 @@ impl Floats {
         for dim in (1..D).rev() {
             strides[dim - 1] = strides[dim] * tensor.dims()[dim] as isize;
         }
-        Some(Self::Widened { values: view.to_f32()?, strides })
+        Some(Self::Widened { values: view.into_f32()?, strides })
     }
 
     /// Distances in elements between neighbours along each dimension.

@@ -98,7 +98,8 @@ fn pass(case: &Case, inputs: &[Tensor<1>], tracked: &[bool]) -> (Vec<f32>, Vec<O
     let inputs: Vec<Tensor<1>> = inputs.iter().zip(tracked).map(leaf).collect();
     let result = (case.run)(inputs.clone());
     let plain = result.clone().inner();
-    let grad = ramp([plain.dims()[0]], 77).cast(DType::BF16).to_device(&plain.device()).cast(plain.dtype());
+    let grad =
+        ramp([plain.dims()[0]], 77).cast(DType::BF16).cast(DType::F32).to_device(&plain.device()).cast(plain.dtype());
     let mut all = (result * Tensor::from_inner(grad)).sum().backward();
     let gradients = inputs
         .iter()

@@ -150,28 +150,33 @@ mod x86 {
         ($name:ident, $vector:ty, $width:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $store:ident) => {
             struct $name;
 
-            // SAFETY of the calls: whoever uses these functions vouches for the instructions and the pointers.
+            // Whoever uses these functions vouches for the instructions and the pointers.
             impl Lanes for $name {
                 type Vector = $vector;
                 const WIDTH: usize = $width;
                 #[inline(always)]
                 unsafe fn zero() -> $vector {
+                    // SAFETY: the contract of this function.
                     unsafe { $zero() }
                 }
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> $vector {
+                    // SAFETY: the contract of this function.
                     unsafe { $load(from) }
                 }
                 #[inline(always)]
                 unsafe fn splat(from: *const f32) -> $vector {
+                    // SAFETY: the contract of this function.
                     unsafe { $splat(*from) }
                 }
                 #[inline(always)]
                 unsafe fn multiply_add(a: $vector, b: $vector, sum: $vector) -> $vector {
+                    // SAFETY: the contract of this function.
                     unsafe { $fma(a, b, sum) }
                 }
                 #[inline(always)]
                 unsafe fn store(vector: $vector, to: *mut f32) {
+                    // SAFETY: the contract of this function.
                     unsafe { $store(to, vector) }
                 }
             }
