@@ -106,7 +106,7 @@ impl ModelFiles {
     /// # Errors
     /// [`ConfigError`] if a configuration file cannot be read.
     pub fn licences(&self) -> Result<Vec<&'static WeightsLicence>, ConfigError> {
-        let language_model = ArConfig::read(&self.config())?;
+        let language_model = ArConfig::read(self.config())?;
         let dit = DitConfig::read_in(&self.nexus)?;
         let autoencoder = AutoencoderConfig::read_in(&self.flux)?;
         let released_decoders = dit == DitConfig::default();

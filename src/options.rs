@@ -142,6 +142,7 @@ fn edit_draw<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<DrawOp
 
 /// What a picture starts from: [`DrawOptions::start`].
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "a request has one of them")]
 pub enum Start {
     /// A picture, scaled until it covers the size of the new one, and cut.
     Image(Image),

@@ -86,7 +86,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::FileMissing`] or [`Error::Config`].
     pub fn clip_config(&self) -> Result<ClipConfig, Error> {
-        Ok(ClipConfig::read(&self.text_encoder()?.join("config.json"))?)
+        Ok(ClipConfig::read(self.text_encoder()?.join("config.json"))?)
     }
 
     /// Loads the T5 text encoder.
@@ -95,7 +95,7 @@ impl ModelFiles {
     /// [`Error`] naming the file at fault.
     pub fn load_t5(&self, device: &Device, options: &LoadOptions) -> Result<T5Encoder, Error> {
         let dir = self.text_encoder_2()?;
-        let config = T5Config::read(&dir.join("config.json"))?;
+        let config = T5Config::read(dir.join("config.json"))?;
         Ok(T5Encoder::load(&Checkpoint::open(dir)?, &config, device, options)?)
     }
 
@@ -104,7 +104,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Config`] naming the field at fault.
     pub fn diffusion_config(&self, dir: &Path) -> Result<DiffusionConfig, Error> {
-        let config = DiffusionConfig { merger: MergerConfig::read(&self.config())?, dit: DitConfig::read_in(dir)? };
+        let config = DiffusionConfig { merger: MergerConfig::read(self.config())?, dit: DitConfig::read_in(dir)? };
         config.validate()?;
         Ok(config)
     }

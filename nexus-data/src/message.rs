@@ -33,6 +33,7 @@ impl Role {
 }
 
 /// One piece of a message.
+#[allow(clippy::large_enum_variant, reason = "a prompt has few of them, and a box would be in the way of who matches")]
 #[derive(Debug, Clone)]
 pub enum Part {
     /// Text, used word for word. `<image>` in it marks the place of an image of the same message.

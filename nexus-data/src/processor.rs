@@ -29,6 +29,7 @@ impl Default for ProcessOptions {
 }
 
 /// An image of a prompt.
+#[allow(clippy::large_enum_variant, reason = "a prompt has few of them, and a box would be in the way of who matches")]
 #[derive(Debug, Clone)]
 pub enum PromptImage {
     /// Pixels for the vision encoder.

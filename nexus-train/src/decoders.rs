@@ -417,7 +417,7 @@ mod tests {
         let training =
             DecoderTraining::<EditingDecoder>::open(&initial, &[phase(0.0)], &random_models_dir(), &cpu()).unwrap();
         let (module, count) = (training.module().unwrap(), 4);
-        let width = nexus_diffusion::config::MergerConfig::read(&random_models_dir().join("Nexus-GenV2/config.json"))
+        let width = nexus_diffusion::config::MergerConfig::read(random_models_dir().join("Nexus-GenV2/config.json"))
             .unwrap()
             .hidden_size;
         let embeds = |grid: GridThw, seed| ramp::<3>([count, grid.num_merged_tokens(), width], seed);

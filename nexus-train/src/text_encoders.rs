@@ -40,14 +40,14 @@ pub fn fill_text_encoders(
     if let Ok(dir) = files.text_encoder()
         && let Some(path) = missing_weights(&dir, from_nothing)?
     {
-        let clip = ClipTextEncoder::new(&ClipConfig::read(&dir.join("config.json"))?, device);
+        let clip = ClipTextEncoder::new(&ClipConfig::read(dir.join("config.json"))?, device);
         save_module_as(&initialize(clip, &CLIP, &weights), &CLIP, &path, FloatDType::BF16)?;
         written.push(path);
     }
     if let Ok(dir) = files.text_encoder_2()
         && let Some(path) = missing_weights(&dir, from_nothing)?
     {
-        let t5 = T5Encoder::new(&T5Config::read(&dir.join("config.json"))?, device);
+        let t5 = T5Encoder::new(&T5Config::read(dir.join("config.json"))?, device);
         save_module_as(&initialize(t5, &T5, &weights), &T5, &path, FloatDType::BF16)?;
         written.push(path);
     }

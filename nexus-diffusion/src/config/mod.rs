@@ -226,7 +226,7 @@ impl DiffusionConfig {
     pub fn read_in(directory: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let directory = directory.as_ref();
         Ok(Self {
-            merger: MergerConfig::read(&directory.join(LANGUAGE_MODEL_CONFIG_FILE))?,
+            merger: MergerConfig::read(directory.join(LANGUAGE_MODEL_CONFIG_FILE))?,
             dit: DitConfig::read_in(directory)?,
         })
     }

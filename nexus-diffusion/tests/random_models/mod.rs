@@ -28,7 +28,7 @@ fn open(path: PathBuf) -> Checkpoint {
 }
 
 pub fn config() -> DiffusionConfig {
-    DiffusionConfig::read_in(&nexus()).unwrap()
+    DiffusionConfig::read_in(nexus()).unwrap()
 }
 
 pub fn generation_decoder() -> GenerationDecoder {
@@ -42,17 +42,17 @@ pub fn editing_decoder() -> EditingDecoder {
 }
 
 pub fn autoencoder() -> Autoencoder {
-    let config = AutoencoderConfig::read_in(&flux()).unwrap();
+    let config = AutoencoderConfig::read_in(flux()).unwrap();
     Autoencoder::load(&open(flux().join("ae.safetensors")), &config, &device(), &load_options()).unwrap()
 }
 
 pub fn clip() -> ClipTextEncoder {
-    let config = ClipConfig::read(&flux().join("text_encoder/config.json")).unwrap();
+    let config = ClipConfig::read(flux().join("text_encoder/config.json")).unwrap();
     ClipTextEncoder::load(&open(flux().join("text_encoder")), &config, &device(), &load_options()).unwrap()
 }
 
 pub fn t5() -> T5Encoder {
-    let config = T5Config::read(&flux().join("text_encoder_2/config.json")).unwrap();
+    let config = T5Config::read(flux().join("text_encoder_2/config.json")).unwrap();
     T5Encoder::load(&open(flux().join("text_encoder_2")), &config, &device(), &load_options()).unwrap()
 }
 

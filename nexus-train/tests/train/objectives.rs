@@ -54,7 +54,7 @@ fn vision_encoder() -> VisionEncoder {
 }
 
 fn diffusion_config() -> DiffusionConfig {
-    DiffusionConfig::read_in(&dir()).unwrap()
+    DiffusionConfig::read_in(dir()).unwrap()
 }
 
 fn value(tensor: &Tensor<1>) -> f32 {

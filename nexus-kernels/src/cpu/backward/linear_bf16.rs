@@ -34,7 +34,7 @@ const TASK_COLUMNS: usize = 64;
 pub(super) fn forward(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> (Tensor<2>, Kept) {
     let ([rows, _], [outputs, _]) = (x.dims(), weight.dims());
     let (x, weight) = (Matrix::of(x), Matrix::of(weight));
-    let addends = bias.map(|bias| View::of(&bias).and_then(View::to_f32).expect("a bias on the CPU"));
+    let addends = bias.map(|bias| View::of(&bias).and_then(View::into_f32).expect("a bias on the CPU"));
     let result: Vec<bf16> = x.times_transposed(&weight, addends.as_deref());
     (wrap(result, [rows, outputs]), [x, weight].map(Matrix::into_tensor))
 }
