@@ -4,15 +4,15 @@
 #
 #   tools/gpu_tests.sh
 #
-# The certificate is in every dtype that the device has: f32 and f16 on the software driver. Left out are the tests of what
-# is the CPU's on every device (kernels, files, runs of `train`), and the faults planted in single weights, which take
-# minutes on a software driver and say nothing about a device. Without any adapter it ends with 77, and nothing was tested;
-# with GPU_REQUIRED=1 that is a failure.
+# They are the programs that `cargo test --workspace` builds, run again. The certificate is in f32 and in one half precision;
+# tools/certificates.sh has the others. Left out are the tests of what is the CPU's on every device (files, runs of training),
+# and the faults planted in single weights, which take minutes on a software driver and say nothing about a device. Without any
+# adapter it ends with 77, and nothing was tested; with GPU_REQUIRED=1 that is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# A build that fails must not look like a missing adapter. With the features of the tests, so that nothing is built twice.
-cargo build --quiet --workspace --locked --features wgpu --test program
+# A build that fails must not look like a missing adapter.
+cargo test --quiet --workspace --locked --no-run
 adapters() { "${CARGO_TARGET_DIR:-target}/debug/nexus" devices | grep '^wgpu'; }
 
 if ! adapters; then
@@ -26,21 +26,22 @@ if ! adapters; then
     fi
 fi
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test it -- ar:: device_inputs:: pipeline::
+export BURN_DEVICE=wgpu
+cargo test --workspace --locked --test it -- ar:: device_inputs:: pipeline::
 
 # WGPU has no bf16.
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test parity --test parity_networks --test parity_sampling \
+cargo test --workspace --locked --test parity --test parity_networks --test parity_sampling \
     -- --skip transformer_in_bf16
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test device_failure --test lost_device -- --include-ignored
+cargo test --workspace --locked --test device_failure --test lost_device -- --include-ignored
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test program -- certificate:: \
+cargo test --workspace --locked --test program -- certificate:: \
     --skip a_planted_fault --skip a_fault_in --skip faults_in_preprocessing --skip the_program --skip a_model --skip a_person
 
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test train -- objectives::
+cargo test --workspace --locked --test train -- objectives::
 
 # Every operation on the GPU, next to its plain formulation in f64 on the CPU; then what only a GPU has, and the blocks.
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --test suite -- Gpu
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- --include-ignored gpu::
-BURN_DEVICE=wgpu cargo test --workspace --locked --features wgpu --lib -- nn:: activation:: adamw:: attention:: conv:: grad:: \
+cargo test --workspace --locked --test suite -- Gpu
+cargo test --workspace --locked --lib -- --include-ignored gpu::
+cargo test --workspace --locked --lib -- nn:: activation:: adamw:: attention:: conv:: grad:: \
     join:: linear:: norm:: rotary::
