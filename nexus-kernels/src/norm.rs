@@ -106,7 +106,7 @@ pub struct GroupNormOptions {
     pub num_groups: usize,
     /// Added to the variance.
     pub epsilon: f64,
-    /// Whether [`silu`] follows.
+    /// Whether [`crate::silu`] follows.
     pub silu: bool,
 }
 
