@@ -131,7 +131,7 @@ mod tests {
             ("\"my cat.png\"", "my cat.png"),
             ("'my cat.png'", "my cat.png"),
             ("my\\ cat\\ \\(1\\).png", "my cat (1).png"),
-            ("file:///tmp/cat.png", "/tmp/cat.png"),
+            ("file:///pictures/cat.png", "/pictures/cat.png"),
             ("it's.png", "it's.png"),
         ] {
             assert_eq!(typed(given), Path::new(expected), "{given}");

@@ -30,7 +30,7 @@ use crate::{
 /// ```no_run
 /// use nexus_train::{Recipe, Source, Trainer, unobserved};
 ///
-/// # fn open_pictures(_: &serde_json::Value) -> Result<Box<dyn Source>, Box<dyn std::error::Error + Send + Sync>> { todo!() }
+/// # fn open_pictures(_: &serde_json::Value) -> Result<Box<dyn Source>, Box<dyn std::error::Error + Send + Sync>> { Err("no pictures here".into()) }
 /// // A recipe then says `"source": {"pictures": {..}}`.
 /// let trainer = Trainer::new().with_source("pictures", open_pictures);
 /// let (recipe, device) = (Recipe::read("autoregressive.json")?, nexus::device("cpu")?);
